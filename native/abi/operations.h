@@ -1,0 +1,200 @@
+/* Parameters of the operations. Plain structs: pointers, counts, strides. Every stride is in elements unless it says bytes.
+ * The caller (native/cache, native/binding) owns all memory; `run` neither allocates nor keeps a pointer. */
+#ifndef COUPLET_ABI_OPERATIONS_H
+#define COUPLET_ABI_OPERATIONS_H
+
+#include "layout.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Opaque, made by a backend once and read by many calls and threads at the same time. */
+typedef struct couplet_table couplet_table;   /* the centroids of one layer and side, in the backend's own order */
+typedef struct couplet_rotary couplet_rotary; /* rotary angles, in the backend's own order */
+
+/* ---- tables --------------------------------------------------------------------------------------------------- */
+typedef struct couplet_table_params {
+  const float* centroids; /* float32 [kv_heads][groups][2^code_bits][group_channels], contiguous; copied */
+  int32_t kv_heads;
+  int32_t head_dim;
+  couplet_codec codec;
+} couplet_table_params;
+
+/* ---- rotary embedding ------------------------------------------------------------------------------------------ */
+typedef enum couplet_rotary_kind {
+  COUPLET_ROTARY_HALF = 1,       /* channel i pairs with i + rotary_dim / 2 (Llama, Qwen) */
+  COUPLET_ROTARY_INTERLEAVED = 2 /* channel 2i pairs with 2i + 1 (GPT-J) */
+} couplet_rotary_kind;
+
+/* Rotates channels [0, rotary_dim) of queries and keys; the others pass through.
+   (x, y) of pair i at position t becomes (x cos - y sin, y cos + x sin).
+   Either cos and sin are given, float32 [positions][rotary_dim / 2] (any scaling: yarn, llama3, longrope, an amplitude
+   other than 1), or they are NULL and the angle is t * theta^(-2 i / rotary_dim). */
+typedef struct couplet_rotary_params {
+  const float* cos;
+  const float* sin;
+  double theta;
+  int32_t kind;       /* couplet_rotary_kind */
+  int32_t rotary_dim; /* even, 2 to head_dim */
+  int32_t positions;  /* first position that may not be asked for; rows of cos and sin */
+  int32_t head_dim;
+} couplet_rotary_params;
+
+/* ---- kmeans ---------------------------------------------------------------------------------------------------- */
+typedef struct couplet_kmeans_params {
+  const float* points;  /* float32; channel c of point n of problem p: points[p * problem_stride + n * point_stride + c] */
+  const float* weights; /* float32 >= 0, or NULL for all 1; of point n of problem p:
+                           weights[(p / weight_sharing) * weight_problem_stride + n * weight_point_stride] */
+  float* centroids;     /* out, float32 [problems][centroid_count][channels] */
+  double* inertia;      /* out, [problems]: sum over points of weight * squared distance to the nearest centroid, or NULL */
+  int32_t* assignments; /* out, [problems][point_count], or NULL */
+  int32_t* iterations;  /* out, [problems]: Lloyd iterations run, or NULL */
+  const couplet_control* control; /* or NULL */
+  int64_t problem_stride;
+  int64_t point_stride;
+  int64_t weight_problem_stride;
+  int64_t weight_point_stride;
+  uint64_t seed;
+  double tolerance;     /* stop when inertia falls by less than this share of itself; 0 runs until nothing changes */
+  int32_t problems;
+  int32_t point_count;
+  int32_t channels;     /* 1 to 32 */
+  int32_t centroid_count; /* 1 to 4096 */
+  int32_t weight_sharing; /* consecutive problems that read the same weights, >= 1 */
+  int32_t max_iterations; /* >= 0 */
+  int32_t threads;      /* 0: all cores */
+  int32_t reserved;
+} couplet_kmeans_params;
+
+/* ---- encode and decode ----------------------------------------------------------------------------------------- */
+/* Tokens first_token .. first_token + tokens - 1 of a page table: token t lies in page t / page_tokens, slot
+   t % page_tokens; kv head h of page p starts at pages[p] + page_offset + h * page_stride (bytes). */
+typedef struct couplet_encode_params {
+  const void* rows; /* dtype; channel c of kv head h of the i-th token: rows[i * token_stride + h * head_stride + c] */
+  const couplet_table* table;
+  uint8_t* const* pages;
+  int64_t token_stride;
+  int64_t head_stride;
+  int64_t page_offset; /* bytes */
+  int64_t page_stride; /* bytes */
+  int64_t first_token;
+  int32_t tokens;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t page_tokens;
+  int32_t dtype; /* COUPLET_FLOAT32 or COUPLET_FLOAT16 */
+  int32_t threads;
+  couplet_codec codec;
+} couplet_encode_params;
+
+typedef struct couplet_decode_params {
+  void* rows; /* dtype, out; addressed as in encode */
+  const couplet_table* table;
+  const uint8_t* const* pages;
+  int64_t token_stride;
+  int64_t head_stride;
+  int64_t page_offset; /* bytes */
+  int64_t page_stride; /* bytes */
+  int64_t first_token;
+  int32_t tokens;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t page_tokens;
+  int32_t dtype; /* COUPLET_FLOAT32 or COUPLET_FLOAT16 */
+  int32_t threads;
+  couplet_codec codec;
+} couplet_decode_params;
+
+/* ---- attend ---------------------------------------------------------------------------------------------------- */
+/* A run of tokens in full precision: keys before rotary, values as they are. */
+typedef struct couplet_dense_rows {
+  const float* keys;   /* float32; channel c of kv head h of token first_token + i: keys[i * key_token_stride + h * key_head_stride + c] */
+  const float* values; /* float32, likewise */
+  int64_t key_token_stride;
+  int64_t key_head_stride;
+  int64_t value_token_stride;
+  int64_t value_head_stride;
+  int32_t first_token;
+  int32_t tokens;
+} couplet_dense_rows;
+
+/* One sequence. The query of position t sees token j when  t - local_window < j <= t  (j <= t when local_window is 0).
+   Of those it reads from codes   coded_begin <= j < min(coded_end, t - window + 1)   and all others from the dense runs,
+   which are disjoint, ascending and cover every token that some query reads so. */
+typedef struct couplet_attend_sequence {
+  const float* queries; /* float32, before rotary; channel c of query head h of the i-th query: queries[i * query_token_stride + h * query_head_stride + c] */
+  float* outputs;       /* float32, addressed likewise with the output strides; may not overlap an input */
+  const uint8_t* const* pages;
+  const couplet_dense_rows* dense;
+  int64_t query_token_stride;
+  int64_t query_head_stride;
+  int64_t output_token_stride;
+  int64_t output_head_stride;
+  int32_t dense_count;
+  int32_t first_query;  /* position of the first query */
+  int32_t query_tokens; /* 0 is allowed: nothing happens */
+  int32_t coded_begin;
+  int32_t coded_end;
+  int32_t window;       /* newest tokens, the query's own among them, that a query never reads from codes */
+} couplet_attend_sequence;
+
+typedef struct couplet_attend_params {
+  const couplet_attend_sequence* sequences; /* [sequence_count] */
+  const couplet_table* key_table;           /* NULL when no sequence has codes */
+  const couplet_table* value_table;
+  const couplet_rotary* rotary;             /* NULL: no rotary embedding */
+  const float* head_sinks;                  /* float32 [query_heads], one more logit in each softmax, or NULL */
+  int64_t key_page_offset;                  /* bytes; kv head h of page p: pages[p] + key_page_offset + h * key_page_stride */
+  int64_t key_page_stride;
+  int64_t value_page_offset;
+  int64_t value_page_stride;
+  int32_t sequence_count;
+  int32_t query_heads; /* a multiple of kv_heads; query head h reads kv head h / (query_heads / kv_heads) */
+  int32_t kv_heads;
+  int32_t head_dim;    /* 32 to 256 in steps of 8 */
+  int32_t page_tokens;
+  int32_t local_window; /* 0: unlimited */
+  float scale;          /* logit = softcap(scale * q.k) */
+  float softcap;        /* 0: none; else softcap * tanh(x / softcap) */
+  couplet_codec key_codec;
+  couplet_codec value_codec;
+  int32_t threads;
+  int32_t reserved;
+} couplet_attend_params;
+
+/* ---- attention_weights ------------------------------------------------------------------------------------------ */
+/* Importance of the tokens of one fresh sequence, for weighted kmeans (design.md section 2). With p the probability of
+   query i on token t and o_i its output, summed over queries and the query heads that share a kv head:
+     value weight of t = sum p^2
+     key weight of t   = sum p^2 (|v_t|^2 + |o_i|^2 - 2 o_i.v_t) |q_i|^2 / head_dim                                    */
+typedef struct couplet_attention_weights_params {
+  const float* queries; /* float32, before rotary, addressed as in attend */
+  couplet_dense_rows rows; /* all tokens; first_token is 0 */
+  float* key_weights;   /* out, float32 [tokens][kv_heads] */
+  float* value_weights; /* out, float32 [tokens][kv_heads] */
+  const couplet_rotary* rotary;
+  const float* head_sinks;
+  int64_t query_token_stride;
+  int64_t query_head_stride;
+  int32_t query_heads;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t local_window;
+  float scale;
+  float softcap;
+  int32_t threads;
+  int32_t reserved;
+} couplet_attention_weights_params;
+
+COUPLET_STATIC_ASSERT(sizeof(couplet_kmeans_params) == 136, "kmeans parameters");
+COUPLET_STATIC_ASSERT(sizeof(couplet_encode_params) == 96, "encode parameters");
+COUPLET_STATIC_ASSERT(sizeof(couplet_decode_params) == sizeof(couplet_encode_params), "decode parameters");
+COUPLET_STATIC_ASSERT(sizeof(couplet_dense_rows) == 56, "dense rows");
+COUPLET_STATIC_ASSERT(sizeof(couplet_attend_sequence) == 88, "attend sequence");
+COUPLET_STATIC_ASSERT(sizeof(couplet_attend_params) == 128, "attend parameters");
+
+#ifdef __cplusplus
+}
+#endif
+#endif

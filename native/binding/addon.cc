@@ -1,0 +1,14 @@
+#include "exports.h"
+
+namespace {
+
+Napi::Object initialize(Napi::Env env, Napi::Object exports) {
+  couplet::binding::export_operations(env, exports);
+  couplet::binding::export_cache(env, exports);
+  couplet::binding::export_onnxruntime(env, exports);
+  return exports;
+}
+
+}  // namespace
+
+NODE_API_MODULE(couplet, initialize)

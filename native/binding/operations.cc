@@ -1,0 +1,7 @@
+#include "exports.h"
+
+namespace couplet::binding {
+
+void export_operations(Napi::Env, Napi::Object) {}
+
+}  // namespace couplet::binding

@@ -1,0 +1,159 @@
+// Pages of codes for many sequences: memory and bookkeeping, no arithmetic. Used by native/binding and native/onnxruntime.
+//
+// Coded tokens live in pages, full-precision tokens (sinks, window) in raw blocks; both are reference counted, taken from one
+// byte budget, and copied when a shared one is about to be written. New tokens enter through a step:
+//   begin (reserves every byte the step needs, or changes nothing) -> attend or append, once per layer -> commit or abort.
+// A token is coded when it leaves the window. Until commit nothing that the sequence held before is overwritten.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "../abi/backend.h"
+
+namespace couplet {
+
+enum class Prefill { exact, coded };  // how the new tokens of a step meet each other; `exact` is what generation uses
+
+struct LayerTables {  // tables of one layer, owned by a Codebook
+  couplet_table* key = nullptr;
+  couplet_table* value = nullptr;
+};
+
+// The tables of a whole model on one backend. Shared by caches, immutable.
+class Codebook {
+ public:
+  // centroids: for each layer the float32 tables of the key side, then of the value side,
+  // each [kv_heads][groups][2^code_bits][group_channels].
+  struct Shape {
+    int32_t layers = 0, kv_heads = 0, head_dim = 0;
+    couplet_codec key_codec{}, value_codec{};
+  };
+  static couplet_status create(const couplet_backend* backend, const Shape& shape, std::span<const float* const> key_tables,
+                               std::span<const float* const> value_tables, std::shared_ptr<const Codebook>* out,
+                               couplet_report* report);
+  ~Codebook();
+  const Shape& shape() const { return shape_; }
+  const LayerTables& layer(int32_t index) const { return layers_[static_cast<size_t>(index)]; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  Codebook() = default;
+  const couplet_backend* backend_ = nullptr;
+  Shape shape_;
+  std::vector<LayerTables> layers_;
+  size_t bytes_ = 0;
+};
+
+struct CacheConfig {
+  int32_t layers = 0, query_heads = 0, kv_heads = 0, head_dim = 0;
+  int32_t sinks = 4;         // first tokens kept in full precision
+  int32_t window = 32;       // last tokens kept in full precision; negative: all of them (no codebook is needed then)
+  int32_t page_tokens = COUPLET_PAGE_TOKENS;
+  int32_t threads = 0;       // 0: all cores
+  int64_t budget_bytes = 0;  // pages and raw blocks together; 0: unlimited
+};
+
+// What differs from layer to layer of a model; given with every attend.
+struct AttendOptions {
+  const couplet_rotary* rotary = nullptr;
+  const float* head_sinks = nullptr;  // [query_heads]
+  float scale = 0;                    // 0: 1 / sqrt(head_dim)
+  float softcap = 0;
+  int32_t local_window = 0;
+};
+
+using SequenceId = int64_t;
+
+struct StepRow {
+  SequenceId sequence = 0;
+  int32_t tokens = 0;  // new tokens, >= 0
+};
+
+// Rows of the new tokens of one sequence in one layer; element (token, head, channel) at
+// [token * token_stride + head * head_stride + channel], strides in elements.
+struct StepData {
+  const float* queries = nullptr;  // NULL with outputs NULL: append only
+  const float* keys = nullptr;     // before rotary
+  const float* values = nullptr;
+  float* outputs = nullptr;
+  int64_t query_token_stride = 0, query_head_stride = 0;
+  int64_t key_token_stride = 0, key_head_stride = 0;
+  int64_t value_token_stride = 0, value_head_stride = 0;
+  int64_t output_token_stride = 0, output_head_stride = 0;
+};
+
+struct CacheStatistics {
+  int64_t sequences = 0;
+  int64_t tokens = 0;          // over all sequences, shared ones counted for each
+  int64_t coded_tokens = 0;
+  int64_t raw_tokens = 0;
+  int64_t page_bytes = 0;      // allocated for codes, padding and unused slots included; shared pages once
+  int64_t raw_bytes = 0;       // allocated for full-precision tokens
+  int64_t codebook_bytes = 0;
+  int64_t bookkeeping_bytes = 0;
+  int64_t budget_bytes = 0;
+  int64_t peak_bytes = 0;      // highest page_bytes + raw_bytes so far
+  double bits_per_channel = 0; // 8 * (page_bytes + raw_bytes + codebook_bytes) / (tokens * layers * 2 * kv_heads * head_dim)
+};
+
+class Step;
+
+// Safe to call from any thread. A sequence is inside at most one step at a time; anything else asked of it meanwhile
+// answers COUPLET_BUSY.
+class Cache : public std::enable_shared_from_this<Cache> {
+ public:
+  static couplet_status create(const couplet_backend* backend, const CacheConfig& config,
+                               std::shared_ptr<const Codebook> codebook, std::shared_ptr<Cache>* out, couplet_report* report);
+  ~Cache();
+  Cache(const Cache&) = delete;
+  Cache& operator=(const Cache&) = delete;
+
+  const CacheConfig& config() const;
+  const couplet_backend* backend() const;
+
+  couplet_status create_sequence(SequenceId* out, couplet_report* report);
+  couplet_status fork(SequenceId from, SequenceId* out, couplet_report* report);
+  couplet_status truncate(SequenceId sequence, int64_t tokens, couplet_report* report);  // keeps the first `tokens`
+  couplet_status reset(SequenceId sequence, couplet_report* report);                     // truncate to 0
+  couplet_status drop(SequenceId sequence, couplet_report* report);
+  couplet_status length(SequenceId sequence, int64_t* out, couplet_report* report) const;
+
+  couplet_status begin(std::span<const StepRow> rows, Prefill prefill, std::shared_ptr<Step>* out, couplet_report* report);
+
+  CacheStatistics statistics() const;
+
+ private:
+  Cache() = default;
+  friend class Step;
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// New tokens of some sequences on their way through the layers. Each layer once, in any order, one call at a time.
+// Destroying an open step aborts it.
+class Step {
+ public:
+  ~Step();
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+
+  std::span<const StepRow> rows() const;
+  int64_t first_token(size_t row) const;  // length of the row's sequence before the step
+
+  // data: one entry per row. Stores keys and values of the new tokens and, where queries are given, writes outputs.
+  couplet_status attend(int32_t layer, std::span<const StepData> data, const AttendOptions& options, couplet_report* report);
+  couplet_status commit(couplet_report* report);  // refuses while a layer is missing
+  void abort();
+
+ private:
+  Step() = default;
+  friend class Cache;
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace couplet

@@ -23,6 +23,7 @@ const to = resolve(values.to ?? join(root, 'build', config))
 const definitions = new Map([
   ['COUPLET_ADDON', 'ON'],
   ['COUPLET_TESTS', 'OFF'],
+  ['COUPLET_BENCH', 'OFF'],
   ['SANITIZE', ''],
 ])
 if (onPath('ccache')) definitions.set('CMAKE_CXX_COMPILER_LAUNCHER', 'ccache')

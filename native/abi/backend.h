@@ -13,12 +13,13 @@
 extern "C" {
 #endif
 
-#define COUPLET_OPERATION(name)                                                                                          \
-  typedef struct couplet_##name##_entries {                                                                              \
-    couplet_status (*check)(const couplet_##name##_params* params, couplet_report* report);                              \
-    size_t (*workspace)(const couplet_##name##_params* params);                                                          \
-    couplet_status (*run)(const couplet_##name##_params* params, void* workspace, void* stream, couplet_report* report); \
-    void (*describe)(const couplet_##name##_params* params, char* text, size_t text_bytes);                              \
+#define COUPLET_OPERATION(name)                                                                 \
+  typedef struct couplet_##name##_entries {                                                     \
+    couplet_status (*check)(const couplet_##name##_params* params, couplet_report* report);     \
+    size_t (*workspace)(const couplet_##name##_params* params);                                 \
+    couplet_status (*run)(const couplet_##name##_params* params, void* workspace, void* stream, \
+                          couplet_report* report);                                              \
+    void (*describe)(const couplet_##name##_params* params, char* text, size_t text_bytes);     \
   } couplet_##name##_entries
 
 COUPLET_OPERATION(kmeans);
@@ -47,10 +48,10 @@ typedef struct couplet_memory_entries {
 } couplet_memory_entries;
 
 typedef struct couplet_backend {
-  uint32_t abi_version;    /* COUPLET_ABI_VERSION */
-  uint32_t layout_version; /* COUPLET_LAYOUT_VERSION */
-  size_t struct_bytes;     /* sizeof(couplet_backend) */
-  const char* name;        /* "cpu", "cuda", "sim" */
+  uint32_t abi_version;         /* COUPLET_ABI_VERSION */
+  uint32_t layout_version;      /* COUPLET_LAYOUT_VERSION */
+  size_t struct_bytes;          /* sizeof(couplet_backend) */
+  const char* name;             /* "cpu", "cuda", "sim" */
   const char* (*variant)(void); /* what was chosen on this machine: "avx512", "sm_90" */
   couplet_memory_entries memory;
   couplet_table_entries table;

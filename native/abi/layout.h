@@ -15,10 +15,10 @@ extern "C" {
 #endif
 
 #define COUPLET_LAYOUT_VERSION 1u
-#define COUPLET_PAGE_TOKENS 64     /* tokens of a page unless said otherwise */
-#define COUPLET_PAGE_ALIGNMENT 64  /* bytes; pages start on a cache line */
+#define COUPLET_PAGE_TOKENS 64    /* tokens of a page unless said otherwise */
+#define COUPLET_PAGE_ALIGNMENT 64 /* bytes; pages start on a cache line */
 #define COUPLET_MAX_CODE_BITS 12
-#define COUPLET_MIN_HEAD_DIM 8     /* encode and decode; attend asks for 32 to 256 in steps of 8 */
+#define COUPLET_MIN_HEAD_DIM 8 /* encode and decode; attend asks for 32 to 256 in steps of 8 */
 #define COUPLET_MAX_HEAD_DIM 256
 
 /* cq-<group_channels>c<code_bits>b */
@@ -30,7 +30,9 @@ typedef struct couplet_codec {
 COUPLET_STATIC_ASSERT(sizeof(couplet_codec) == 8, "couplet_codec is 8 bytes");
 
 static inline int32_t couplet_codec_centroids(couplet_codec codec) { return (int32_t)1 << codec.code_bits; }
-static inline int32_t couplet_codec_groups(couplet_codec codec, int32_t head_dim) { return head_dim / codec.group_channels; }
+static inline int32_t couplet_codec_groups(couplet_codec codec, int32_t head_dim) {
+  return head_dim / codec.group_channels;
+}
 
 static inline int couplet_codec_valid(couplet_codec codec, int32_t head_dim) {
   return codec.code_bits >= 1 && codec.code_bits <= COUPLET_MAX_CODE_BITS && codec.group_channels >= 1 &&

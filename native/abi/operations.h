@@ -1,5 +1,5 @@
-/* Parameters of the operations. Plain structs: pointers, counts, strides. Every stride is in elements unless it says bytes.
- * The caller (native/cache, native/binding) owns all memory; `run` neither allocates nor keeps a pointer. */
+/* Parameters of the operations. Plain structs: pointers, counts, strides. Every stride is in elements unless it says
+ * bytes. The caller (native/cache, native/binding) owns all memory; `run` neither allocates nor keeps a pointer. */
 #ifndef COUPLET_ABI_OPERATIONS_H
 #define COUPLET_ABI_OPERATIONS_H
 
@@ -43,27 +43,28 @@ typedef struct couplet_rotary_params {
 
 /* ---- kmeans ---------------------------------------------------------------------------------------------------- */
 typedef struct couplet_kmeans_params {
-  const float* points;  /* float32; channel c of point n of problem p: points[p * problem_stride + n * point_stride + c] */
+  const float* points;  /* float32; channel c of point n of problem p:
+                           points[p * problem_stride + n * point_stride + c] */
   const float* weights; /* float32 >= 0, or NULL for all 1; of point n of problem p:
                            weights[(p / weight_sharing) * weight_problem_stride + n * weight_point_stride] */
   float* centroids;     /* out, float32 [problems][centroid_count][channels] */
-  double* inertia;      /* out, [problems]: sum over points of weight * squared distance to the nearest centroid, or NULL */
-  int32_t* assignments; /* out, [problems][point_count], or NULL */
-  int32_t* iterations;  /* out, [problems]: Lloyd iterations run, or NULL */
+  double* inertia; /* out, [problems]: sum over points of weight * squared distance to the nearest centroid, or NULL */
+  int32_t* assignments;           /* out, [problems][point_count], or NULL */
+  int32_t* iterations;            /* out, [problems]: Lloyd iterations run, or NULL */
   const couplet_control* control; /* or NULL */
   int64_t problem_stride;
   int64_t point_stride;
   int64_t weight_problem_stride;
   int64_t weight_point_stride;
   uint64_t seed;
-  double tolerance;     /* stop when inertia falls by less than this share of itself; 0 runs until nothing changes */
+  double tolerance; /* stop when inertia falls by less than this share of itself; 0 runs until nothing changes */
   int32_t problems;
   int32_t point_count;
-  int32_t channels;     /* 1 to 32 */
+  int32_t channels;       /* 1 to 32 */
   int32_t centroid_count; /* 1 to 4096 */
   int32_t weight_sharing; /* consecutive problems that read the same weights, >= 1 */
   int32_t max_iterations; /* >= 0 */
-  int32_t threads;      /* 0: all cores */
+  int32_t threads;        /* 0: all cores */
   int32_t reserved;
 } couplet_kmeans_params;
 
@@ -109,7 +110,8 @@ typedef struct couplet_decode_params {
 /* ---- attend ---------------------------------------------------------------------------------------------------- */
 /* A run of tokens in full precision: keys before rotary, values as they are. */
 typedef struct couplet_dense_rows {
-  const float* keys;   /* float32; channel c of kv head h of token first_token + i: keys[i * key_token_stride + h * key_head_stride + c] */
+  const float* keys;   /* float32; channel c of kv head h of token first_token + i:
+                          keys[i * key_token_stride + h * key_head_stride + c] */
   const float* values; /* float32, likewise */
   int64_t key_token_stride;
   int64_t key_head_stride;
@@ -120,10 +122,11 @@ typedef struct couplet_dense_rows {
 } couplet_dense_rows;
 
 /* One sequence. The query of position t sees token j when  t - local_window < j <= t  (j <= t when local_window is 0).
-   Of those it reads from codes   coded_begin <= j < min(coded_end, t - window + 1)   and all others from the dense runs,
-   which are disjoint, ascending and cover every token that some query reads so. */
+   Of those it reads from codes   coded_begin <= j < min(coded_end, t - window + 1)   and all others from the dense
+   runs, which are disjoint, ascending and cover every token that some query reads so. */
 typedef struct couplet_attend_sequence {
-  const float* queries; /* float32, before rotary; channel c of query head h of the i-th query: queries[i * query_token_stride + h * query_head_stride + c] */
+  const float* queries; /* float32, before rotary; channel c of query head h of the i-th query:
+                           queries[i * query_token_stride + h * query_head_stride + c] */
   float* outputs;       /* float32, addressed likewise with the output strides; may not overlap an input */
   const uint8_t* const* pages;
   const couplet_dense_rows* dense;
@@ -136,23 +139,23 @@ typedef struct couplet_attend_sequence {
   int32_t query_tokens; /* 0 is allowed: nothing happens */
   int32_t coded_begin;
   int32_t coded_end;
-  int32_t window;       /* newest tokens, the query's own among them, that a query never reads from codes */
+  int32_t window; /* newest tokens, the query's own among them, that a query never reads from codes */
 } couplet_attend_sequence;
 
 typedef struct couplet_attend_params {
   const couplet_attend_sequence* sequences; /* [sequence_count] */
   const couplet_table* key_table;           /* NULL when no sequence has codes */
   const couplet_table* value_table;
-  const couplet_rotary* rotary;             /* NULL: no rotary embedding */
-  const float* head_sinks;                  /* float32 [query_heads], one more logit in each softmax, or NULL */
-  int64_t key_page_offset;                  /* bytes; kv head h of page p: pages[p] + key_page_offset + h * key_page_stride */
+  const couplet_rotary* rotary; /* NULL: no rotary embedding */
+  const float* head_sinks;      /* float32 [query_heads], one more logit in each softmax, or NULL */
+  int64_t key_page_offset;      /* bytes; kv head h of page p: pages[p] + key_page_offset + h * key_page_stride */
   int64_t key_page_stride;
   int64_t value_page_offset;
   int64_t value_page_stride;
   int32_t sequence_count;
   int32_t query_heads; /* a multiple of kv_heads; query head h reads kv head h / (query_heads / kv_heads) */
   int32_t kv_heads;
-  int32_t head_dim;    /* 32 to 256 in steps of 8 */
+  int32_t head_dim; /* 32 to 256 in steps of 8 */
   int32_t page_tokens;
   int32_t local_window; /* 0: unlimited */
   float scale;          /* logit = softcap(scale * q.k) */
@@ -167,12 +170,12 @@ typedef struct couplet_attend_params {
 /* Importance of the tokens of one fresh sequence, for weighted kmeans (design.md section 2). With p the probability of
    query i on token t and o_i its output, summed over queries and the query heads that share a kv head:
      value weight of t = sum p^2
-     key weight of t   = sum p^2 (|v_t|^2 + |o_i|^2 - 2 o_i.v_t) |q_i|^2 / head_dim                                    */
+     key weight of t   = sum p^2 (|v_t|^2 + |o_i|^2 - 2 o_i.v_t) |q_i|^2 / head_dim*/
 typedef struct couplet_attention_weights_params {
-  const float* queries; /* float32, before rotary, addressed as in attend */
+  const float* queries;    /* float32, before rotary, addressed as in attend */
   couplet_dense_rows rows; /* all tokens; first_token is 0 */
-  float* key_weights;   /* out, float32 [tokens][kv_heads] */
-  float* value_weights; /* out, float32 [tokens][kv_heads] */
+  float* key_weights;      /* out, float32 [tokens][kv_heads] */
+  float* value_weights;    /* out, float32 [tokens][kv_heads] */
   const couplet_rotary* rotary;
   const float* head_sinks;
   int64_t query_token_stride;

@@ -35,10 +35,10 @@ typedef enum couplet_status {
 
 /* Where and why. Fields that do not apply are -1; detail is one English sentence without its final stop. */
 typedef struct couplet_report {
-  int64_t token;       /* index of the token, or of the point for kmeans */
-  int32_t status;      /* a couplet_status */
+  int64_t token;  /* index of the token, or of the point for kmeans */
+  int32_t status; /* a couplet_status */
   int32_t layer;
-  int32_t kv_head;     /* kv head, or problem for kmeans */
+  int32_t kv_head; /* kv head, or problem for kmeans */
   int32_t channel;
   int32_t native_code; /* errno, CUDA error, OrtErrorCode */
   int32_t reserved;

@@ -18,7 +18,7 @@ struct Where {
 
 // Returns status, so that a check reads `return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected ...")`.
 [[gnu::format(printf, 4, 5)]] inline couplet_status fail(couplet_report* report, couplet_status status, Where where,
-                                                          const char* format, ...) {
+                                                         const char* format, ...) {
   if (!report) return status;
   *report = couplet_report{};
   report->status = status;

@@ -19,9 +19,9 @@ struct Job {
   TaskBody body;
   void* context;
   int64_t tasks;
-  int wanted;                   // helpers that may still join
-  int next_worker = 1;          // the caller is worker 0
-  int pending = 0;              // helpers inside
+  int wanted;           // helpers that may still join
+  int next_worker = 1;  // the caller is worker 0
+  int pending = 0;      // helpers inside
   std::atomic<int64_t> next{0};
   std::condition_variable left{};  // signalled under the pool's mutex when pending becomes 0
 

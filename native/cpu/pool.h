@@ -20,7 +20,8 @@ void parallel_for(int threads, int64_t tasks, TaskBody body, void* context);
 template <class Body>
 void parallel_for(int threads, int64_t tasks, Body&& body) {
   parallel_for(
-      threads, tasks, [](void* context, int64_t task, int worker) { (*static_cast<Body*>(context))(task, worker); }, &body);
+      threads, tasks, [](void* context, int64_t task, int worker) { (*static_cast<Body*>(context))(task, worker); },
+      &body);
 }
 
 }  // namespace couplet::cpu

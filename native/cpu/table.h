@@ -15,9 +15,11 @@ struct couplet_table {
   size_t bytes;       // of this struct and all it owns
 
   // All of them start on a cache line (64 bytes).
-  float* rows;     // float32 [kv_heads][groups][centroids][group_channels], as given: decode, attend, encode of many tokens
-  float* columns;  // float32 [kv_heads][groups][group_channels][centroids]: encode of few tokens, whose lanes are centroids;
-                   // NULL below 16 centroids, where a vector of centroids would be mostly padding
+  float*
+      rows;  // float32 [kv_heads][groups][centroids][group_channels], as given: decode, attend, encode of many tokens
+  float*
+      columns;  // float32 [kv_heads][groups][group_channels][centroids]: encode of few tokens, whose lanes are centroids;
+                // NULL below 16 centroids, where a vector of centroids would be mostly padding
 
   // Elements from the rows (or columns) of one group to those of the next.
   int64_t group_stride() const { return int64_t{centroids} * codec.group_channels; }

@@ -20,7 +20,7 @@ inline std::atomic<int> failed{0};
 inline constexpr int most_printed = 50;  // a broken kernel fails thousands of checks; the first ones say why
 
 [[gnu::format(printf, 5, 6)]] inline bool check(bool held, const char* file, int line, const char* condition,
-                                                 const char* format, ...) {
+                                                const char* format, ...) {
   if (held) {
     ++passed;
     return true;
@@ -56,9 +56,7 @@ class Random {
   double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }  // [0, 1)
   double uniform(double low, double high) { return low + (high - low) * uniform(); }
   int64_t below(int64_t count) { return static_cast<int64_t>(next() % static_cast<uint64_t>(count)); }  // [0, count)
-  double normal() {
-    return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586476925 * uniform());
-  }
+  double normal() { return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586476925 * uniform()); }
   std::vector<float> normals(size_t count, double scale = 1) {
     std::vector<float> values(count);
     for (float& value : values) value = static_cast<float>(scale * normal());

@@ -1,8 +1,10 @@
 #include "exports.h"
+#include "instance.h"
 
 namespace {
 
 Napi::Object initialize(Napi::Env env, Napi::Object exports) {
+  env.SetInstanceData(new couplet::binding::Instance(env));
   couplet::binding::export_operations(env, exports);
   couplet::binding::export_cache(env, exports);
   couplet::binding::export_onnxruntime(env, exports);

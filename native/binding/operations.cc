@@ -2,6 +2,8 @@
 
 namespace couplet::binding {
 
-void export_operations(Napi::Env, Napi::Object) {}
+void export_operations(Napi::Env env, Napi::Object exports) {
+  exports.Set("version", Napi::String::New(env, COUPLET_VERSION));
+}
 
 }  // namespace couplet::binding

@@ -1,0 +1,92 @@
+/** The codes of couplet's own errors. A cancelled call rejects with an AbortError (`ABORT_ERR`) instead. */
+export type CoupletErrorCode =
+  | 'ERR_COUPLET_INVALID_ARGUMENT'
+  | 'ERR_COUPLET_NOT_FINITE'
+  | 'ERR_COUPLET_OUT_OF_MEMORY'
+  | 'ERR_COUPLET_CACHE_FULL'
+  | 'ERR_COUPLET_UNSUPPORTED'
+  | 'ERR_COUPLET_BACKEND_UNAVAILABLE'
+  | 'ERR_COUPLET_DEVICE'
+  | 'ERR_COUPLET_BUSY'
+  | 'ERR_COUPLET_DISPOSED'
+  | 'ERR_COUPLET_CODEBOOK_INVALID'
+  | 'ERR_COUPLET_CODEBOOK_MISMATCH'
+  | 'ERR_COUPLET_ONNXRUNTIME'
+  | 'ERR_COUPLET_ADDON'
+  | 'ERR_COUPLET_INTERNAL'
+
+/** Where in the data an error lies; a member is absent when it does not apply. */
+export interface ErrorPlace {
+  layer?: number
+  kvHead?: number
+  token?: number
+  channel?: number
+}
+
+/**
+ * What couplet throws and rejects with.
+ *
+ * Invalid arguments are `TypeError`s (the wrong kind of value) and `RangeError`s (a value out of range), made by the addon as
+ * often as by the facade; `error instanceof CoupletError` is true for these too, because it asks for the `code`, not for
+ * the class: every error whose code starts with `ERR_COUPLET_` is one.
+ */
+export class CoupletError extends Error {
+  readonly code: CoupletErrorCode
+  declare readonly layer?: number
+  declare readonly kvHead?: number
+  declare readonly token?: number
+  declare readonly channel?: number
+
+  constructor(code: CoupletErrorCode, message: string, options: ErrorOptions & ErrorPlace = {}) {
+    const { layer, kvHead, token, channel, ...errorOptions } = options
+    super(message, errorOptions)
+    this.code = code
+    Object.assign(this, present({ layer, kvHead, token, channel }))
+  }
+
+  static override [Symbol.hasInstance](value: unknown): value is CoupletError {
+    return value instanceof Error && 'code' in value && typeof value.code === 'string' && value.code.startsWith('ERR_COUPLET_')
+  }
+}
+
+Object.defineProperty(CoupletError.prototype, 'name', { value: 'CoupletError', writable: true, configurable: true })
+
+/** The wrong kind of value. */
+export function typeError(message: string): TypeError & { code: CoupletErrorCode } {
+  return Object.assign(new TypeError(message), { code: 'ERR_COUPLET_INVALID_ARGUMENT' as const })
+}
+
+/** The right kind of value, out of range. */
+export function rangeError(message: string): RangeError & { code: CoupletErrorCode } {
+  return Object.assign(new RangeError(message), { code: 'ERR_COUPLET_INVALID_ARGUMENT' as const })
+}
+
+/** Thrown by everything that is used after its dispose(). */
+export function disposedError(what: string): CoupletError {
+  return new CoupletError('ERR_COUPLET_DISPOSED', `This ${what} has been disposed`)
+}
+
+/** Throws "Expected X for `name` but received Y": a RangeError for a number, bigint or typed array, else a TypeError. */
+export function throwExpected(expected: string, name: string, received: unknown): never {
+  const message = `Expected ${expected} for \`${name}\` but received ${describe(received)}`
+  const rightKind = typeof received === 'number' || typeof received === 'bigint' || ArrayBuffer.isView(received)
+  throw rightKind ? rangeError(message) : typeError(message)
+}
+
+/** The Y of that sentence: "the string", "a Float32Array of 12 elements". The addon's describe() says the same. */
+export function describe(value: unknown): string {
+  if (typeof value === 'string') return JSON.stringify(value.length > 40 ? `${value.slice(0, 40)}...` : value)
+  if (typeof value === 'bigint' || typeof value === 'symbol' || typeof value === 'function') return `a ${typeof value}`
+  if (typeof value !== 'object') return String(value as number | boolean | undefined)
+  if (value === null) return 'null'
+  if (Array.isArray(value)) return 'an array'
+  if (value instanceof ArrayBuffer) return 'an ArrayBuffer'
+  if (!ArrayBuffer.isView(value) || value instanceof DataView) return 'an object'
+  const { length } = value as Float32Array
+  const kind = Object.prototype.toString.call(value).slice(8, -1)
+  return `${/^[AEIOU](?!int)/.test(kind) ? 'an' : 'a'} ${kind} of ${length} element${length === 1 ? '' : 's'}`
+}
+
+function present(members: ErrorPlace): ErrorPlace {
+  return Object.fromEntries(Object.entries(members).filter(([, value]) => value !== undefined))
+}

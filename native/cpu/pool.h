@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace couplet::cpu {
 
-// Cores this process may run on (its affinity mask, not the machine's count).
+// Cores this process may use (affinity mask and container quota, not the machine's count), as asked first: a plan made
+// from it (workspace sizes) stays true.
 int core_count();
 
 // 0 or less means all cores; the answer is between 1 and 256.
@@ -20,7 +22,10 @@ void parallel_for(int threads, int64_t tasks, TaskBody body, void* context);
 template <class Body>
 void parallel_for(int threads, int64_t tasks, Body&& body) {
   parallel_for(
-      threads, tasks, [](void* context, int64_t task, int worker) { (*static_cast<Body*>(context))(task, worker); },
+      threads, tasks,
+      [](void* context, int64_t task, int worker) {
+        (*static_cast<std::remove_reference_t<Body>*>(context))(task, worker);
+      },
       &body);
 }
 

@@ -1,8 +1,9 @@
 // Builds the addon and, on request, the native tests and benchmarks: drives CMakeLists.txt through cmake-js.
 //
-//   node scripts/build.mjs [--config Release] [--out build-cmake/<config>] [--to build/<config>] [--target NAME] [-- -DNAME=VALUE ...]
+//   node scripts/build.mjs [--config Release] [--out DIR] [--to DIR] [--target NAME] [-- -DNAME=VALUE ...]
 //
-// CMake works in --out; couplet.node is then copied to --to, where node-gyp-build and prebuildify look for it.
+// CMake works in --out (build-cmake/<config>); couplet.node is then copied to --to (build/<config>), where node-gyp-build
+// and prebuildify look for it. A build with an --out of its own keeps its addon there: COUPLET_PREBUILD=<out> loads it.
 import { spawnSync } from 'node:child_process'
 import { copyFileSync, existsSync, mkdirSync, readFileSync, renameSync } from 'node:fs'
 import { createRequire } from 'node:module'
@@ -17,7 +18,7 @@ const { values, positionals } = parseArgs({
 })
 const config = values.config ?? 'Release'
 const out = resolve(values.out ?? join(root, 'build-cmake', config))
-const to = resolve(values.to ?? join(root, 'build', config))
+const to = resolve(values.to ?? (values.out ? join(out, 'build', 'Release') : join(root, 'build', config)))
 
 // Stated on every run, because CMake would otherwise keep what an earlier run said.
 const definitions = new Map([
@@ -55,6 +56,7 @@ function cmake(command, options, rest = []) {
   const env = { ...process.env }
   delete env.MAKEFLAGS // under node-gyp, make exports its own job server
   delete env.MFLAGS
+  env.CCACHE_BASEDIR ??= root // one cache for all clones
   const argv = [cmakeJs, command, ...place, ...options, ...(rest.length > 0 ? ['--', ...rest] : [])]
   const { status, error } = spawnSync(process.execPath, argv, { stdio: 'inherit', env, cwd: root })
   if (error) throw error

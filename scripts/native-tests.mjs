@@ -31,6 +31,7 @@ export function nativeTests({ config = 'Release', out, under = '', definitions =
       console.error(`FAILED: ${name} (${error?.message ?? signal ?? `exit status ${status}`})`)
     }
   }
+  if (passed + failed === 0) throw new Error('test/native holds no test')
   return { passed, failed }
 }
 

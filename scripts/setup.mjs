@@ -26,10 +26,9 @@ export function installDependencies() {
     console.log(`node_modules is a link to another folder, left as it is although ${reason}`)
     return
   }
-  // onnxruntime-node would fetch 300 MB of CUDA libraries on Linux; couplet uses none of them. The addon is built by the
-  // next step, where its output can be seen.
-  const env = { ...process.env, ONNXRUNTIME_NODE_INSTALL: 'skip' }
-  step(`installing dependencies (${reason})`, 'npm', ['ci', '--prefer-offline', '--no-audit', '--no-fund'], { env })
+  // No scripts: the addon is built by the next step, where its output can be seen, and the one other script that would do
+  // something is onnxruntime-node's, which fetches 300 MB of CUDA libraries that couplet does not use.
+  step(`installing dependencies (${reason})`, 'npm', ['ci', '--ignore-scripts', '--prefer-offline', '--no-audit', '--no-fund'])
 }
 
 function staleDependencies() {

@@ -30,12 +30,14 @@ void destroy(couplet_table* table) {
 
 couplet_status check(const couplet_table_params* params, couplet_report* report) {
   if (!params) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected parameters but received NULL");
-  if (!params->centroids) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected an array for `centroids` but received NULL");
+  if (!params->centroids)
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected an array for `centroids` but received NULL");
   if (params->head_dim < COUPLET_MIN_HEAD_DIM || params->head_dim > COUPLET_MAX_HEAD_DIM)
     return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %d to %d for `headDim` but received %d",
                 COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM, params->head_dim);
   if (params->kv_heads < 1)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected 1 or more for `kvHeads` but received %d", params->kv_heads);
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected 1 or more for `kvHeads` but received %d",
+                params->kv_heads);
   if (!couplet_codec_valid(params->codec, params->head_dim))
     return fail(report, COUPLET_INVALID_ARGUMENT, {},
                 "Expected groups that divide headDim %d and codes of 1 to %d bits for `codec` but received %dc%db",
@@ -45,26 +47,26 @@ couplet_status check(const couplet_table_params* params, couplet_report* report)
 
 // The first centroid that is not finite, in memory order.
 couplet_status check_finite(const couplet_table* table, couplet_report* report) {
-  int64_t const count = int64_t{table->kv_heads} * table->groups * table->group_stride();
+  int64_t const count = int64_t{table->kv_heads} * table->groups * group_stride(*table);
   int64_t at = 0;
   while (at < count && std::isfinite(table->rows[at])) ++at;
   if (at == count) return COUPLET_OK;
   int32_t const channel = static_cast<int32_t>(at % table->codec.group_channels);
   int64_t const centroid = at / table->codec.group_channels % table->centroids;
-  int32_t const group = static_cast<int32_t>(at / table->group_stride() % table->groups);
-  int32_t const kv_head = static_cast<int32_t>(at / table->group_stride() / table->groups);
-  return fail(report, COUPLET_NOT_FINITE,
-              {.kv_head = kv_head, .channel = group * table->codec.group_channels + channel},
-              "Expected finite numbers for `centroids` but received %f in kv head %d, group %d, centroid %d, channel %d",
-              static_cast<double>(table->rows[at]), kv_head, group, static_cast<int>(centroid), channel);
+  int32_t const group = static_cast<int32_t>(at / group_stride(*table) % table->groups);
+  int32_t const kv_head = static_cast<int32_t>(at / group_stride(*table) / table->groups);
+  return fail(
+      report, COUPLET_NOT_FINITE, {.kv_head = kv_head, .channel = group * table->codec.group_channels + channel},
+      "Expected finite numbers for `centroids` but received %f in kv head %d, group %d, centroid %d, channel %d",
+      static_cast<double>(table->rows[at]), kv_head, group, static_cast<int>(centroid), channel);
 }
 
 void fill_columns(couplet_table* table) {
   int32_t const channels = table->codec.group_channels;
   for (int32_t kv_head = 0; kv_head < table->kv_heads; ++kv_head)
     for (int32_t group = 0; group < table->groups; ++group) {
-      const float* const rows = table->group_rows(kv_head, group);
-      float* const columns = table->columns + (rows - table->rows);
+      const float* const rows = table->rows + group_offset(*table, kv_head, group);
+      float* const columns = table->columns + group_offset(*table, kv_head, group);
       for (int32_t channel = 0; channel < channels; ++channel)
         for (int32_t centroid = 0; centroid < table->centroids; ++centroid)
           columns[int64_t{channel} * table->centroids + centroid] = rows[int64_t{centroid} * channels + channel];
@@ -88,7 +90,7 @@ couplet_status create(const couplet_table_params* params, couplet_table** out, c
   };
   if (!table) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for a table of centroids");
 
-  int64_t const count = int64_t{table->kv_heads} * table->groups * table->group_stride();
+  int64_t const count = int64_t{table->kv_heads} * table->groups * group_stride(*table);
   bool const with_columns = table->centroids >= smallest_columns;
   table->rows = allocate(table, count);
   if (with_columns) table->columns = allocate(table, count);

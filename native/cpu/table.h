@@ -15,23 +15,24 @@ struct couplet_table {
   size_t bytes;       // of this struct and all it owns
 
   // All of them start on a cache line (64 bytes).
-  float*
-      rows;  // float32 [kv_heads][groups][centroids][group_channels], as given: decode, attend, encode of many tokens
-  float*
-      columns;  // float32 [kv_heads][groups][group_channels][centroids]: encode of few tokens, whose lanes are centroids;
-                // NULL below 16 centroids, where a vector of centroids would be mostly padding
 
-  // Elements from the rows (or columns) of one group to those of the next.
-  int64_t group_stride() const { return int64_t{centroids} * codec.group_channels; }
-  const float* group_rows(int32_t kv_head, int32_t group) const {
-    return rows + (int64_t{kv_head} * groups + group) * group_stride();
-  }
-  const float* group_columns(int32_t kv_head, int32_t group) const {
-    return columns + (int64_t{kv_head} * groups + group) * group_stride();
-  }
+  // float32 [kv_heads][groups][centroids][group_channels], as given: decode, attend, encode of many tokens.
+  float* rows;
+  // float32 [kv_heads][groups][group_channels][centroids]: encode of few tokens, whose lanes are centroids. NULL below 16
+  // centroids, where a register of centroids would be mostly padding.
+  float* columns;
 };
 
 namespace couplet::cpu {
+
+// Elements from the rows (or columns) of one group to those of the next. Static, as all that files of several instruction
+// sets may include: a member function would be one weak symbol, compiled with whichever flags the linker meets first.
+static inline int64_t group_stride(const couplet_table& table) {
+  return int64_t{table.centroids} * table.codec.group_channels;
+}
+static inline int64_t group_offset(const couplet_table& table, int32_t kv_head, int32_t group) {
+  return (int64_t{kv_head} * table.groups + group) * group_stride(table);
+}
 
 // Why `table` cannot serve an operation that was given these shapes; COUPLET_OK when it can.
 couplet_status check_table(const couplet_table* table, const char* name, couplet_codec codec, int32_t kv_heads,

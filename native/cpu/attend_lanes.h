@@ -1,0 +1,161 @@
+// Vectors of float32 for code that is written once and compiled for each instruction set. Included only by the bodies'
+// own files (_portable, _avx2, _avx512), each of which names a namespace of its own in COUPLET_BODY: nothing here may be
+// shared between them, or the linker would keep one copy for all processors.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace couplet::cpu::COUPLET_BODY {
+
+#if defined(__AVX512F__)
+constexpr int width = 16;
+#elif defined(__AVX2__)
+constexpr int width = 8;
+#else
+constexpr int width = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(width * 4)));
+typedef int32_t Ints __attribute__((vector_size(width * 4)));
+typedef float FloatsAnywhere __attribute__((vector_size(width * 4), aligned(4), may_alias));
+
+static inline Floats load(const float* from) { return *reinterpret_cast<const FloatsAnywhere*>(from); }
+static inline void store(float* to, Floats value) { *reinterpret_cast<FloatsAnywhere*>(to) = value; }
+static inline Floats all(float value) { return value - Floats{}; }
+static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// a * b + c
+static inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+static inline float sum_of(Floats value) {
+  float sum = 0;
+  for (int lane = 0; lane < width; ++lane) sum += value[lane];
+  return sum;
+}
+
+static inline float largest_of(Floats value) {
+  float largest = value[0];
+  for (int lane = 1; lane < width; ++lane) largest = value[lane] > largest ? value[lane] : largest;
+  return largest;
+}
+
+// 2^x for x <= 127; 0 below -126. Minimax polynomial on [-1/2, 1/2], relative error 9.1e-8 before rounding.
+static inline Floats exp2_of(Floats x) {
+  Floats const magic = all(12582912.0f);  // 1.5 * 2^23: its sum with x has round(x) in the low bits
+  Floats const shifted = larger(x, all(-126.0f)) + magic;
+  Floats const fraction = larger(x, all(-126.0f)) - (shifted - magic);
+  Floats power = all(1.326472726e-3f);
+  power = fused(power, fraction, all(9.671512700e-3f));
+  power = fused(power, fraction, all(5.550733744e-2f));
+  power = fused(power, fraction, all(2.402224208e-1f));
+  power = fused(power, fraction, all(6.931469776e-1f));
+  power = fused(power, fraction, all(1.0f));
+  Ints const exponent = (reinterpret_cast<Ints>(shifted) << 23) + 0x3f800000;
+  Floats const result = power * reinterpret_cast<Floats>(exponent);
+  return x < -126.0f ? Floats{} : result;
+}
+
+// tanh(x): an odd polynomial below 0.625 (relative error 4.2e-9 before rounding), 1 - 2 / (e^2x + 1) above.
+static inline Floats tanh_of(Floats x) {
+  Floats const square = x * x;
+  Floats small = all(-5.717044657e-3f);
+  small = fused(small, square, all(2.065058701e-2f));
+  small = fused(small, square, all(-5.374349802e-2f));
+  small = fused(small, square, all(1.333149129e-1f));
+  small = fused(small, square, all(-3.333328393e-1f));
+  small = fused(small * square, x, x);
+  Floats const magnitude = x < 0 ? -x : x;
+  Floats const bounded = magnitude > 20.0f ? all(20.0f) : magnitude;
+  Floats const large = 1.0f - 2.0f / (exp2_of(bounded * 2.885390082f) + 1.0f);
+  return magnitude < 0.625f ? small : (x < 0 ? -large : large);
+}
+
+// c[row][column] = (add ? c : 0) + sum over depth of a[row][depth] * b[depth][column], for `rows` rows and `vectors` vectors
+// of columns. b is read once for all rows; the sums stay in registers.
+template <int rows, int vectors>
+static inline void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int32_t depth, float* c,
+                                  int64_t c_stride, bool add) {
+  Floats sums[rows][vectors] = {};
+  for (int32_t k = 0; k < depth; ++k) {
+    Floats columns[vectors];
+    for (int v = 0; v < vectors; ++v) columns[v] = load(b + k * b_stride + v * width);
+    for (int r = 0; r < rows; ++r) {
+      Floats const factor = all(a[r * a_stride + k]);
+      for (int v = 0; v < vectors; ++v) sums[r][v] = fused(factor, columns[v], sums[r][v]);
+    }
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v) {
+      float* const to = c + r * c_stride + v * width;
+      store(to, add ? load(to) + sums[r][v] : sums[r][v]);
+    }
+}
+
+// Registers: rows * vectors sums, `vectors` columns and one factor: 6 * 4 + 5 of 32 (AVX-512), 6 * 2 + 3 of 16 (AVX2),
+// 4 * 2 + 3 of 16 (SSE; NEON has 32).
+constexpr int block_rows = width == 4 ? 4 : 6;
+constexpr int block_vectors = width == 16 ? 4 : 2;
+
+template <int vectors>
+static inline void multiply_columns(int32_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int32_t depth,
+                                    float* c, int64_t c_stride, bool add) {
+  for (; rows >= block_rows; rows -= block_rows, a += block_rows * a_stride, c += block_rows * c_stride)
+    multiply_block<block_rows, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
+  switch (rows) {
+    case 5: return multiply_block<5, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
+    case 4: return multiply_block<4, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
+    case 3: return multiply_block<3, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
+    case 2: return multiply_block<2, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
+    case 1: return multiply_block<1, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
+    default: return;
+  }
+}
+
+// The same for any number of rows and a multiple of `width` columns.
+static inline void multiply(int32_t rows, int32_t columns, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                            int32_t depth, float* c, int64_t c_stride, bool add) {
+  int32_t column = 0;
+  for (; column + block_vectors * width <= columns; column += block_vectors * width)
+    multiply_columns<block_vectors>(rows, a, a_stride, b + column, b_stride, depth, c + column, c_stride, add);
+  for (; column < columns; column += width)
+    multiply_columns<1>(rows, a, a_stride, b + column, b_stride, depth, c + column, c_stride, add);
+}
+
+// to[column][row] = from[row][column]; rows and columns are multiples of 4.
+static inline void transpose(const float* from, int64_t from_stride, int32_t rows, int32_t columns, float* to, int64_t to_stride) {
+  typedef float Four __attribute__((vector_size(16)));
+  typedef float FourAnywhere __attribute__((vector_size(16), aligned(4), may_alias));
+  for (int32_t column = 0; column < columns; column += 4)
+    for (int32_t row = 0; row < rows; row += 4) {
+      Four lines[4];
+      for (int i = 0; i < 4; ++i) lines[i] = *reinterpret_cast<const FourAnywhere*>(from + (row + i) * from_stride + column);
+      Four const low01 = __builtin_shufflevector(lines[0], lines[1], 0, 4, 1, 5);
+      Four const low23 = __builtin_shufflevector(lines[2], lines[3], 0, 4, 1, 5);
+      Four const high01 = __builtin_shufflevector(lines[0], lines[1], 2, 6, 3, 7);
+      Four const high23 = __builtin_shufflevector(lines[2], lines[3], 2, 6, 3, 7);
+      Four const turned[4] = {
+          __builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+          __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+      for (int i = 0; i < 4; ++i) *reinterpret_cast<FourAnywhere*>(to + (column + i) * to_stride + row) = turned[i];
+    }
+}
+
+}  // namespace couplet::cpu::COUPLET_BODY

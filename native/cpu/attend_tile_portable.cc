@@ -1,0 +1,6 @@
+#define COUPLET_BODY attend_portable
+#include "attend_tile.h"
+
+namespace couplet::cpu {
+const AttendBody attend_tile_portable = {.scratch = COUPLET_BODY::TileBody::scratch, .run = COUPLET_BODY::run_tiles};
+}  // namespace couplet::cpu

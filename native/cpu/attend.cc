@@ -16,9 +16,9 @@
 namespace couplet::cpu {
 namespace {
 
-constexpr int32_t block_floats = 16384;  // of the rows of one task: 64 KB of queries and as much of outputs stay in L2
-constexpr int32_t enough_tasks = 32;     // a call with fewer blocks than this is also cut along the keys,
-constexpr int32_t smallest_piece = 4096; // into pieces of at least so many keys
+constexpr int32_t block_floats = 16384;   // of the rows of one task: 64 KB of queries and as much of outputs stay in L2
+constexpr int32_t enough_tasks = 32;      // a call with fewer blocks than this is also cut along the keys,
+constexpr int32_t smallest_piece = 4096;  // into pieces of at least so many keys
 
 int64_t blocks_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -63,7 +63,8 @@ class Plan {
     parallel_for(workers_, tasks_, [&](int64_t index, int worker) {
       Place const place = find(index);
       uint8_t* const own = start + static_cast<size_t>(worker) * worker_bytes();
-      AttendState const state = state_at(place.shared_state < 0 ? own : shared + static_cast<size_t>(place.shared_state) * state_bytes());
+      AttendState const state =
+          state_at(place.shared_state < 0 ? own : shared + static_cast<size_t>(place.shared_state) * state_bytes());
       std::fill_n(state.maxima, block_rows_, -std::numeric_limits<float>::infinity());
       std::fill_n(state.sums, block_rows_, 0.0f);
       std::memset(state.weighted, 0, static_cast<size_t>(block_rows_) * static_cast<size_t>(padded_) * sizeof(float));
@@ -131,7 +132,9 @@ class Plan {
             .shared_state = count > 1 ? shared_state + index : -1};
   }
 
-  size_t state_bytes() const { return aligned(static_cast<size_t>(block_rows_) * (2 + static_cast<size_t>(padded_)) * sizeof(float)); }
+  size_t state_bytes() const {
+    return aligned(static_cast<size_t>(block_rows_) * (2 + static_cast<size_t>(padded_)) * sizeof(float));
+  }
   size_t worker_bytes() const { return state_bytes() + aligned(body_.scratch(params_, block_rows_)); }
 
   AttendState state_at(uint8_t* memory) const {
@@ -155,7 +158,8 @@ class Plan {
         total.sums[row] = total.sums[row] * total_factor + part.sums[row] * part_factor;
         float* const to = total.weighted + int64_t{row} * padded_;
         const float* const from = part.weighted + int64_t{row} * padded_;
-        for (int32_t channel = 0; channel < padded_; ++channel) to[channel] = to[channel] * total_factor + from[channel] * part_factor;
+        for (int32_t channel = 0; channel < padded_; ++channel)
+          to[channel] = to[channel] * total_factor + from[channel] * part_factor;
       }
     }
     finish(place.task, total);
@@ -183,10 +187,10 @@ class Plan {
   const couplet_attend_params& params_;
   const AttendBody& body_;
   int32_t group_heads_, padded_, block_tokens_;
-  int32_t block_rows_ = 0;      // rows of the largest block
-  int64_t blocks_ = 0;          // (sequence, query block, kv head)
-  int64_t tasks_ = 0;           // blocks times their pieces
-  int64_t shared_states_ = 0;   // states of blocks that are cut along the keys
+  int32_t block_rows_ = 0;     // rows of the largest block
+  int64_t blocks_ = 0;         // (sequence, query block, kv head)
+  int64_t tasks_ = 0;          // blocks times their pieces
+  int64_t shared_states_ = 0;  // states of blocks that are cut along the keys
   int workers_ = 1;
 };
 
@@ -196,7 +200,8 @@ couplet_status run(const couplet_attend_params* params, void* workspace, void*, 
 }
 
 void describe(const couplet_attend_params* params, char* text, size_t text_bytes) {
-  std::snprintf(text, text_bytes, "attend %s %dc%db tile", isa_name(isa()), params->key_codec.group_channels, params->key_codec.code_bits);
+  std::snprintf(text, text_bytes, "attend %s %dc%db tile", isa_name(isa()), params->key_codec.group_channels,
+                params->key_codec.code_bits);
 }
 
 }  // namespace

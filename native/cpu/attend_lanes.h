@@ -8,7 +8,7 @@
 #include <string.h>
 
 #if defined(__AVX2__)
-#include <immintrin.h>
+#include "intrinsics.h"
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -91,8 +91,8 @@ static inline Floats tanh_of(Floats x) {
 // c[row][column] = (add ? c : 0) + sum over depth of a[row][depth] * b[depth][column], for `rows` rows and `vectors` vectors
 // of columns. b is read once for all rows; the sums stay in registers.
 template <int rows, int vectors>
-static inline void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int32_t depth, float* c,
-                                  int64_t c_stride, bool add) {
+static inline void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int32_t depth,
+                                  float* c, int64_t c_stride, bool add) {
   Floats sums[rows][vectors] = {};
   for (int32_t k = 0; k < depth; ++k) {
     Floats columns[vectors];
@@ -115,8 +115,8 @@ constexpr int block_rows = width == 4 ? 4 : 6;
 constexpr int block_vectors = width == 16 ? 4 : 2;
 
 template <int vectors>
-static inline void multiply_columns(int32_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int32_t depth,
-                                    float* c, int64_t c_stride, bool add) {
+static inline void multiply_columns(int32_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                                    int32_t depth, float* c, int64_t c_stride, bool add) {
   for (; rows >= block_rows; rows -= block_rows, a += block_rows * a_stride, c += block_rows * c_stride)
     multiply_block<block_rows, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
   switch (rows) {
@@ -130,8 +130,8 @@ static inline void multiply_columns(int32_t rows, const float* a, int64_t a_stri
 }
 
 // The same for any number of rows and a multiple of `width` columns.
-static inline void multiply(int32_t rows, int32_t columns, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                            int32_t depth, float* c, int64_t c_stride, bool add) {
+static inline void multiply(int32_t rows, int32_t columns, const float* a, int64_t a_stride, const float* b,
+                            int64_t b_stride, int32_t depth, float* c, int64_t c_stride, bool add) {
   int32_t column = 0;
   for (; column + block_vectors * width <= columns; column += block_vectors * width)
     multiply_columns<block_vectors>(rows, a, a_stride, b + column, b_stride, depth, c + column, c_stride, add);
@@ -140,13 +140,15 @@ static inline void multiply(int32_t rows, int32_t columns, const float* a, int64
 }
 
 // to[column][row] = from[row][column]; rows and columns are multiples of 4.
-static inline void transpose(const float* from, int64_t from_stride, int32_t rows, int32_t columns, float* to, int64_t to_stride) {
+static inline void transpose(const float* from, int64_t from_stride, int32_t rows, int32_t columns, float* to,
+                             int64_t to_stride) {
   typedef float Four __attribute__((vector_size(16)));
   typedef float FourAnywhere __attribute__((vector_size(16), aligned(4), may_alias));
   for (int32_t column = 0; column < columns; column += 4)
     for (int32_t row = 0; row < rows; row += 4) {
       Four lines[4];
-      for (int i = 0; i < 4; ++i) lines[i] = *reinterpret_cast<const FourAnywhere*>(from + (row + i) * from_stride + column);
+      for (int i = 0; i < 4; ++i)
+        lines[i] = *reinterpret_cast<const FourAnywhere*>(from + (row + i) * from_stride + column);
       Four const low01 = __builtin_shufflevector(lines[0], lines[1], 0, 4, 1, 5);
       Four const low23 = __builtin_shufflevector(lines[2], lines[3], 0, 4, 1, 5);
       Four const high01 = __builtin_shufflevector(lines[0], lines[1], 2, 6, 3, 7);

@@ -8,6 +8,7 @@
 #include "attend_lanes.h"
 #include "attend_task.h"
 #include "rotary.h"
+#include "unpack.h"
 
 namespace couplet::cpu::COUPLET_BODY {
 
@@ -17,32 +18,21 @@ constexpr int32_t tile = attend_tile_tokens;
 // Growth of a row's maximum (in powers of two) up to which what was summed before is left at its old scale.
 constexpr float rescale_threshold = 8;
 
-// Code of each of `count` token slots from `first` on of one group's row of a page.
-static inline void read_codes(const uint8_t* row, int32_t bits, int32_t first, int32_t count, uint16_t* codes) {
-  uint32_t const mask = (1u << bits) - 1;
-  for (int32_t i = 0; i < count; ++i) {
-    uint32_t const bit = static_cast<uint32_t>((first + i) * bits);
-    uint32_t const low = bit % 8, bytes = (low + static_cast<uint32_t>(bits) + 7) / 8;
-    uint32_t word = 0;
-    for (uint32_t b = 0; b < bytes; ++b) word |= static_cast<uint32_t>(row[bit / 8 + b]) << (8 * b);
-    codes[i] = static_cast<uint16_t>(word >> low & mask);
-  }
-}
-
 template <int channels>
 static inline void look_up(const float* centroids, const uint16_t* codes, int32_t count, float* out, int64_t stride) {
-  for (int32_t i = 0; i < count; ++i) memcpy(out + i * stride, centroids + codes[i] * channels, channels * sizeof(float));
+  for (int32_t i = 0; i < count; ++i)
+    memcpy(out + i * stride, centroids + codes[i] * channels, channels * sizeof(float));
 }
 
 // Decodes `count` tokens from slot `first` of a page on into out[token][padded].
-static inline void decode_tile(const couplet_table& table, const uint8_t* page, int32_t kv_head, int32_t page_tokens, int32_t first,
-                               int32_t count, float* out, int64_t stride) {
+static inline void decode_tile(const couplet_table& table, const uint8_t* page, int32_t kv_head, int32_t page_tokens,
+                               int32_t first, int32_t count, float* out, int64_t stride) {
   uint16_t codes[tile];
   int32_t const channels = table.codec.group_channels;
   int64_t const row_bytes = couplet_row_bytes(table.codec, page_tokens);
   for (int32_t group = 0; group < table.groups; ++group, out += channels) {
-    read_codes(page + group * row_bytes, table.codec.code_bits, first, count, codes);
-    const float* const centroids = table.group_rows(kv_head, group);
+    unpack_codes(page + group * row_bytes, table.codec.code_bits, first, count, codes);
+    const float* const centroids = table.rows + group_offset(table, kv_head, group);
     switch (channels) {
       case 1: look_up<1>(centroids, codes, count, out, stride); break;
       case 2: look_up<2>(centroids, codes, count, out, stride); break;
@@ -51,12 +41,14 @@ static inline void decode_tile(const couplet_table& table, const uint8_t* page, 
       case 16: look_up<16>(centroids, codes, count, out, stride); break;
       default:
         for (int32_t i = 0; i < count; ++i)
-          memcpy(out + i * stride, centroids + int64_t{codes[i]} * channels, static_cast<size_t>(channels) * sizeof(float));
+          memcpy(out + i * stride, centroids + int64_t{codes[i]} * channels,
+                 static_cast<size_t>(channels) * sizeof(float));
     }
   }
 }
 
-static inline void rotate(const couplet_rotary& rotary, const float* cos, const float* sin, const float* row, float* out) {
+static inline void rotate(const couplet_rotary& rotary, const float* cos, const float* sin, const float* row,
+                          float* out) {
   int32_t const half = rotary.rotary_dim / 2;
   if (rotary.kind == COUPLET_ROTARY_HALF) {
     int32_t i = 0;
@@ -123,10 +115,12 @@ class TileBody {
     float const factor = params_.softcap > 0 ? params_.scale / params_.softcap : params_.scale * log2_e;
     for (int32_t row = 0; row < rows_; ++row) {
       int64_t const head = int64_t{task_.kv_head} * group_heads_ + row % group_heads_;
-      const float* const from = sequence_.queries + (task_.first_query + row / group_heads_) * sequence_.query_token_stride +
+      const float* const from = sequence_.queries +
+                                (task_.first_query + row / group_heads_) * sequence_.query_token_stride +
                                 head * sequence_.query_head_stride;
       float* const to = queries_ + int64_t{row} * padded_;
-      for (int32_t channel = 0; channel < padded_; ++channel) to[channel] = channel < params_.head_dim ? from[channel] * factor : 0;
+      for (int32_t channel = 0; channel < padded_; ++channel)
+        to[channel] = channel < params_.head_dim ? from[channel] * factor : 0;
     }
     if (params_.rotary)
       memcpy(rotated_queries_, queries_, static_cast<size_t>(rows_) * static_cast<size_t>(padded_) * sizeof(float));
@@ -151,8 +145,9 @@ class TileBody {
         if (!find_rows(source, first, count)) continue;
         copy_rows(run.keys + (first - run.first_token) * run.key_token_stride + task_.kv_head * run.key_head_stride,
                   run.key_token_stride, count, keys_);
-        copy_rows(run.values + (first - run.first_token) * run.value_token_stride + task_.kv_head * run.value_head_stride,
-                  run.value_token_stride, count, values_);
+        copy_rows(
+            run.values + (first - run.first_token) * run.value_token_stride + task_.kv_head * run.value_head_stride,
+            run.value_token_stride, count, values_);
         run_tile(first, count);
       }
     }
@@ -165,10 +160,10 @@ class TileBody {
       count = attend_smaller(attend_smaller(tile, params_.page_tokens - slot), any.end - first);
       if (!find_rows(KeySource::codes, first, count)) continue;
       const uint8_t* const page = sequence_.pages[first / params_.page_tokens];
-      decode_tile(*params_.key_table, page + params_.key_page_offset + task_.kv_head * params_.key_page_stride, task_.kv_head,
-                  params_.page_tokens, slot, count, keys_, padded_);
-      decode_tile(*params_.value_table, page + params_.value_page_offset + task_.kv_head * params_.value_page_stride, task_.kv_head,
-                  params_.page_tokens, slot, count, values_, padded_);
+      decode_tile(*params_.key_table, page + params_.key_page_offset + task_.kv_head * params_.key_page_stride,
+                  task_.kv_head, params_.page_tokens, slot, count, keys_, padded_);
+      decode_tile(*params_.value_table, page + params_.value_page_offset + task_.kv_head * params_.value_page_stride,
+                  task_.kv_head, params_.page_tokens, slot, count, values_, padded_);
       run_tile(first, count);
     }
   }
@@ -203,7 +198,8 @@ class TileBody {
     float* const scores = scores_ + int64_t{first_row_} * tile;
     multiply(rows, columns, queries, padded_, turned_keys_, tile, params_.head_dim, scores, tile, false);
     for (int32_t row = first_row_; row < end_row_; ++row) exponentiate(row, columns);
-    multiply(rows, padded_, scores, tile, values_, padded_, count, state_.weighted + int64_t{first_row_} * padded_, padded_, true);
+    multiply(rows, padded_, scores, tile, values_, padded_, count, state_.weighted + int64_t{first_row_} * padded_,
+             padded_, true);
   }
 
   void rotate_tile(int32_t first, int32_t count) {
@@ -211,13 +207,16 @@ class TileBody {
     const couplet_rotary& rotary = *params_.rotary;
     AngleRows const angles = key_angles(rotary, first);
     for (int32_t i = 0; i < count; ++i)
-      rotate(rotary, angles.cos + i * angles.stride, angles.sin + i * angles.stride, keys_ + i * padded_, keys_ + i * padded_);
+      rotate(rotary, angles.cos + i * angles.stride, angles.sin + i * angles.stride, keys_ + i * padded_,
+             keys_ + i * padded_);
     if (!rotary.linear && rotated_) return;
     rotated_ = true;
     for (int32_t row = rotary.linear ? first_row_ : 0; row < (rotary.linear ? end_row_ : rows_); ++row) {
       int32_t const at = position(row / group_heads_);
-      if (row % group_heads_ == 0) query_angles(rotary, attend_larger(at, first), first, angles_, angles_ + rotary_max_stride);
-      rotate(rotary, angles_, angles_ + rotary_max_stride, queries_ + int64_t{row} * padded_, rotated_queries_ + int64_t{row} * padded_);
+      if (row % group_heads_ == 0)
+        query_angles(rotary, attend_larger(at, first), first, angles_, angles_ + rotary_max_stride);
+      rotate(rotary, angles_, angles_ + rotary_max_stride, queries_ + int64_t{row} * padded_,
+             rotated_queries_ + int64_t{row} * padded_);
     }
   }
 
@@ -258,7 +257,8 @@ class TileBody {
     Floats const factor = exp2_of(all(before - largest));
     state_.sums[row] *= factor[0];
     float* const weighted = state_.weighted + int64_t{row} * padded_;
-    for (int32_t channel = 0; channel < padded_; channel += width) store(weighted + channel, load(weighted + channel) * factor);
+    for (int32_t channel = 0; channel < padded_; channel += width)
+      store(weighted + channel, load(weighted + channel) * factor);
   }
 
   const couplet_attend_params& params_;

@@ -50,7 +50,8 @@ void add_angles(int64_t stride, const float* cos, const float* sin, float* sum_c
 // The row of angles of a distance between positions, amplitude 1.
 void distance_angles(const couplet_rotary& rotary, int32_t distance, float* cos, float* sin) {
   int64_t const stride = rotary.stride;
-  int32_t const wide = distance / wide_step, coarse = distance % wide_step / coarse_step, offset = distance % coarse_step;
+  int32_t const wide = distance / wide_step, coarse = distance % wide_step / coarse_step,
+                offset = distance % coarse_step;
   std::memcpy(cos, rotary.cos + offset * stride, static_cast<size_t>(stride) * sizeof(float));
   std::memcpy(sin, rotary.sin + offset * stride, static_cast<size_t>(stride) * sizeof(float));
   int64_t row = coarse_step + coarse;
@@ -71,7 +72,8 @@ float* allocate(couplet_rotary* rotary, int64_t count) {
 bool allocate_rows(couplet_rotary* rotary, int64_t rows) {
   std::free(rotary->cos);
   std::free(rotary->sin);
-  rotary->bytes = sizeof(couplet_rotary) + (rotary->amplitude ? static_cast<size_t>(rotary->stride) * sizeof(float) : 0);
+  rotary->bytes =
+      sizeof(couplet_rotary) + (rotary->amplitude ? static_cast<size_t>(rotary->stride) * sizeof(float) : 0);
   rotary->cos = allocate(rotary, rows * rotary->stride);
   rotary->sin = allocate(rotary, rows * rotary->stride);
   return rotary->cos && rotary->sin;
@@ -125,7 +127,8 @@ double find_frequency(const couplet_rotary_params& params, int32_t i) {
 
 // Whether every entry of the given tables is amplitude * (cos, sin)(t * frequency) up to what float32 arithmetic does to
 // it: a few roundings of the value (2^-22) and of the angle itself (t * frequency was rounded before cos saw it).
-bool is_linear(const couplet_rotary& rotary, const couplet_rotary_params& params, const std::vector<double>& frequency) {
+bool is_linear(const couplet_rotary& rotary, const couplet_rotary_params& params,
+               const std::vector<double>& frequency) {
   int32_t const step = rotary.kind == COUPLET_ROTARY_HALF ? 1 : 2;
   alignas(64) float cos[rotary_max_stride], sin[rotary_max_stride];
   for (int32_t t = 0; t < params.positions; ++t) {
@@ -149,8 +152,10 @@ bool fill_from_tables(couplet_rotary* rotary, const couplet_rotary_params& param
   for (int32_t i = 0; i < pairs(*rotary); ++i) {
     float const amplitude = params.cos[i];  // the angle of position 0 is 0
     candidate = candidate && amplitude > 0 && params.sin[i] == 0;
-    if (rotary->kind == COUPLET_ROTARY_HALF) rotary->amplitude[i] = amplitude;
-    else rotary->amplitude[2 * i] = rotary->amplitude[2 * i + 1] = amplitude;
+    if (rotary->kind == COUPLET_ROTARY_HALF)
+      rotary->amplitude[i] = amplitude;
+    else
+      rotary->amplitude[2 * i] = rotary->amplitude[2 * i + 1] = amplitude;
     frequency[static_cast<size_t>(i)] = find_frequency(params, i);
   }
   if (candidate) {
@@ -185,8 +190,8 @@ couplet_status check_tables(const couplet_rotary_params& params, couplet_report*
       int32_t const pair = static_cast<int32_t>(at % columns);
       return fail(report, COUPLET_NOT_FINITE, {.token = position, .channel = pair},
                   "Expected finite numbers for the rotary tables but received cos %g, sin %g at position %lld, pair %d",
-                  static_cast<double>(params.cos[at]), static_cast<double>(params.sin[at]), static_cast<long long>(position),
-                  pair);
+                  static_cast<double>(params.cos[at]), static_cast<double>(params.sin[at]),
+                  static_cast<long long>(position), pair);
     }
   return COUPLET_OK;
 }
@@ -194,23 +199,25 @@ couplet_status check_tables(const couplet_rotary_params& params, couplet_report*
 couplet_status check(const couplet_rotary_params* params, couplet_report* report) {
   if (!params) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected parameters but received NULL");
   if (params->kind != COUPLET_ROTARY_HALF && params->kind != COUPLET_ROTARY_INTERLEAVED)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected half or interleaved for the rotary `kind` but received %d",
-                params->kind);
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected half or interleaved for the rotary `kind` but received %d", params->kind);
   if (params->head_dim < COUPLET_MIN_HEAD_DIM || params->head_dim > COUPLET_MAX_HEAD_DIM)
     return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %d to %d for `headDim` but received %d",
                 COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM, params->head_dim);
   if (params->rotary_dim < 2 || params->rotary_dim > params->head_dim || params->rotary_dim % 2)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected an even number from 2 to headDim %d for the rotary `dim` but received %d",
-                params->head_dim, params->rotary_dim);
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected an even number from 2 to headDim %d for the rotary `dim` but received %d", params->head_dim,
+                params->rotary_dim);
   if (params->positions < 1)
     return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected 1 or more for the rotary `positions` but received %d",
                 params->positions);
   if (!params->cos != !params->sin)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected both rotary tables, `cos` and `sin`, or none but received one");
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected both rotary tables, `cos` and `sin`, or none but received one");
   if (params->cos) return check_tables(*params, report);
   if (!std::isfinite(params->theta) || params->theta <= 0)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected a positive number for the rotary `theta` but received %g",
-                params->theta);
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected a positive number for the rotary `theta` but received %g", params->theta);
   return COUPLET_OK;
 }
 
@@ -236,7 +243,8 @@ couplet_status create(const couplet_rotary_params* params, couplet_rotary** out,
   bool filled = false;
   try {
     rotary->amplitude = allocate(rotary, rotary->stride);
-    filled = rotary->amplitude && (params->cos ? fill_from_tables(rotary, *params) : fill_from_theta(rotary, params->theta));
+    filled =
+        rotary->amplitude && (params->cos ? fill_from_tables(rotary, *params) : fill_from_theta(rotary, params->theta));
   } catch (const std::bad_alloc&) {
   }
   if (!filled) {
@@ -290,13 +298,14 @@ void rotate_row(const couplet_rotary& rotary, const float* cos, const float* sin
     out[first] = x * cos[entry] - y * sin[entry];
     out[second] = y * cos[entry] + x * sin[entry];
   }
-  if (out != row) std::memcpy(out + 2 * half, row + 2 * half, static_cast<size_t>(rotary.head_dim - 2 * half) * sizeof(float));
+  if (out != row)
+    std::memcpy(out + 2 * half, row + 2 * half, static_cast<size_t>(rotary.head_dim - 2 * half) * sizeof(float));
 }
 
 couplet_status check_rotary(const couplet_rotary& rotary, int32_t head_dim, int64_t last, couplet_report* report) {
   if (rotary.head_dim != head_dim)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected a rotary embedding of headDim %d but received one of %d", head_dim,
-                rotary.head_dim);
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected a rotary embedding of headDim %d but received one of %d", head_dim, rotary.head_dim);
   if (last >= rotary.positions)
     return fail(report, COUPLET_INVALID_ARGUMENT, {.token = last},
                 "Expected positions below %d, the end of the rotary tables, but received %lld", rotary.positions,

@@ -22,7 +22,7 @@ struct couplet_rotary {
   int64_t stride;   // entries rounded up to 16; the rest are 0
   size_t bytes;     // of this struct and all it owns
 
-  float* cos;        // float32 [rows][stride]. Linear: offset, coarse and wide rows, amplitude 1; else a row per position
+  float* cos;  // float32 [rows][stride]. Linear: offset, coarse and wide rows, amplitude 1; else a row per position
   float* sin;
   float* amplitude;  // float32 [stride]: of one rotation, 1 unless given tables have another. Linear only
 };

@@ -33,7 +33,11 @@ struct CaseShape {
   couplet_codec value_codec{8, 8};
   int32_t rotary_kind = 0;  // 0: none
   int32_t rotary_dim = 0;
-  enum class Tables { theta, scaled, crooked } tables = Tables::theta;  // scaled: linear, amplitude 1.2; crooked: not linear
+  enum class Tables {
+    theta,
+    scaled,
+    crooked
+  } tables = Tables::theta;  // scaled: linear, amplitude 1.2; crooked: not linear
   int32_t local_window = 0;
   float softcap = 0;
   bool head_sinks = false;
@@ -141,7 +145,8 @@ class AttendCase {
   void make_rotary() {
     if (!shape_.rotary_kind) return;
     int32_t longest = 1;
-    for (const SequenceShape& sequence : shape_.sequences) longest = std::max(longest, sequence.before + sequence.queries);
+    for (const SequenceShape& sequence : shape_.sequences)
+      longest = std::max(longest, sequence.before + sequence.queries);
     rotary_params_ = {nullptr, nullptr, 10000, shape_.rotary_kind, shape_.rotary_dim, longest, shape_.head_dim};
     if (shape_.tables != CaseShape::Tables::theta) {
       for (int32_t t = 0; t < longest; ++t)
@@ -165,18 +170,19 @@ class AttendCase {
   void add_dense(int32_t first, int32_t end, Data* data) {
     while (first < end) {
       int32_t const tokens = random_.below(3) ? end - first : 1 + static_cast<int32_t>(random_.below(end - first));
-      int64_t const head_stride = shape_.head_dim + random_.below(3), token_stride = shape_.kv_heads * head_stride + random_.below(3);
+      int64_t const head_stride = shape_.head_dim + random_.below(3),
+                    token_stride = shape_.kv_heads * head_stride + random_.below(3);
       data->dense.push_back(random_.normals(static_cast<size_t>(tokens * token_stride)));
       data->dense.push_back(random_.normals(static_cast<size_t>(tokens * token_stride)));
-      data->runs.push_back({data->dense.end()[-2].data(), data->dense.end()[-1].data(), token_stride, head_stride, token_stride,
-                            head_stride, first, tokens});
+      data->runs.push_back({data->dense.end()[-2].data(), data->dense.end()[-1].data(), token_stride, head_stride,
+                            token_stride, head_stride, first, tokens});
       first += tokens;
     }
   }
 
   void make_pages(int32_t begin, int32_t end, Data* data) {
-    size_t const bytes = static_cast<size_t>(value_offset() + shape_.kv_heads * couplet_page_bytes(shape_.value_codec, shape_.head_dim,
-                                                                                                   shape_.page_tokens));
+    size_t const bytes = static_cast<size_t>(
+        value_offset() + shape_.kv_heads * couplet_page_bytes(shape_.value_codec, shape_.head_dim, shape_.page_tokens));
     for (int32_t page = 0; page * shape_.page_tokens < end; ++page) {
       bool const used = (page + 1) * shape_.page_tokens > begin;
       data->pages.emplace_back(used ? bytes : 0);

@@ -26,7 +26,8 @@ Row decode(const couplet_table& table, const uint8_t* page, int32_t page_tokens,
   for (int32_t group = 0; group < table.groups; ++group) {
     uint32_t const code = read_code(page + group * couplet_row_bytes(table.codec, page_tokens), table.codec, slot);
     for (int32_t c = 0; c < table.codec.group_channels; ++c)
-      channels.push_back(table.group_rows(kv_head, group)[int64_t{code} * table.codec.group_channels + c]);
+      channels.push_back(
+          table.rows[group_offset(table, kv_head, group) + int64_t{code} * table.codec.group_channels + c]);
   }
   return channels;
 }
@@ -57,8 +58,8 @@ struct Tokens {
   std::vector<Token> coded, dense;  // by position
 };
 
-Tokens read_tokens(const couplet_attend_params& params, const couplet_rotary_params* rotary, const couplet_attend_sequence& sequence,
-                   int32_t kv_head) {
+Tokens read_tokens(const couplet_attend_params& params, const couplet_rotary_params* rotary,
+                   const couplet_attend_sequence& sequence, int32_t kv_head) {
   size_t const count = static_cast<size_t>(sequence.first_query + sequence.query_tokens);
   Tokens tokens{std::vector<Token>(count), std::vector<Token>(count)};
   for (int64_t j = sequence.coded_begin; j < std::min<int64_t>(sequence.coded_end, static_cast<int64_t>(count)); ++j) {
@@ -67,8 +68,10 @@ Tokens read_tokens(const couplet_attend_params& params, const couplet_rotary_par
     if (!page) continue;
     tokens.coded[static_cast<size_t>(j)] = {
         rotate(rotary, j,
-               decode(*params.key_table, page + params.key_page_offset + kv_head * params.key_page_stride, params.page_tokens, kv_head, slot)),
-        decode(*params.value_table, page + params.value_page_offset + kv_head * params.value_page_stride, params.page_tokens, kv_head, slot)};
+               decode(*params.key_table, page + params.key_page_offset + kv_head * params.key_page_stride,
+                      params.page_tokens, kv_head, slot)),
+        decode(*params.value_table, page + params.value_page_offset + kv_head * params.value_page_stride,
+               params.page_tokens, kv_head, slot)};
   }
   for (int32_t r = 0; r < sequence.dense_count; ++r) {
     const couplet_dense_rows& run = sequence.dense[r];
@@ -82,8 +85,8 @@ Tokens read_tokens(const couplet_attend_params& params, const couplet_rotary_par
   return tokens;
 }
 
-void attend_row(const couplet_attend_params& params, const couplet_attend_sequence& sequence, const Tokens& tokens, const Row& query,
-                int64_t position, double sink, float* out) {
+void attend_row(const couplet_attend_params& params, const couplet_attend_sequence& sequence, const Tokens& tokens,
+                const Row& query, int64_t position, double sink, float* out) {
   std::vector<const Token*> seen;
   Row logits;
   for (int64_t j = 0; j <= position; ++j) {
@@ -119,11 +122,13 @@ void reference_attend(const couplet_attend_params& params, const couplet_rotary_
       Tokens const tokens = read_tokens(params, rotary, sequence, kv_head);
       for (int64_t i = 0; i < sequence.query_tokens; ++i)
         for (int64_t head = kv_head * group_heads; head < (kv_head + 1) * group_heads; ++head) {
-          const float* const query = sequence.queries + i * sequence.query_token_stride + head * sequence.query_head_stride;
+          const float* const query =
+              sequence.queries + i * sequence.query_token_stride + head * sequence.query_head_stride;
           int64_t const position = sequence.first_query + i;
-          double const sink = params.head_sinks ? static_cast<double>(params.head_sinks[head]) : -std::numeric_limits<double>::infinity();
-          attend_row(params, sequence, tokens, rotate(rotary, position, Row(query, query + params.head_dim)), position, sink,
-                     sequence.outputs + i * sequence.output_token_stride + head * sequence.output_head_stride);
+          double const sink = params.head_sinks ? static_cast<double>(params.head_sinks[head])
+                                                : -std::numeric_limits<double>::infinity();
+          attend_row(params, sequence, tokens, rotate(rotary, position, Row(query, query + params.head_dim)), position,
+                     sink, sequence.outputs + i * sequence.output_token_stride + head * sequence.output_head_stride);
         }
     }
   }

@@ -6,10 +6,11 @@
 #include <cmath>
 #include <cstdint>
 #include <iterator>
+#include <memory>
 #include <string>
 #include <vector>
 
-#include "../../native/abi/operations.h"
+#include "../../native/cpu/backend.h"
 #include "../../native/cpu/half.h"
 #include "../../native/cpu/isa.h"
 #include "check.h"
@@ -69,6 +70,24 @@ inline Shape random_shape(Random& random) {
   shape.first_token = random.below(200);
   shape.half = random.below(2) != 0;
   return shape;
+}
+
+struct TableDeleter {
+  void operator()(couplet_table* table) const { cpu::table_entries.destroy(table); }
+};
+using Table = std::unique_ptr<couplet_table, TableDeleter>;
+
+inline size_t table_floats(const Shape& shape) {
+  return static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(shape.head_dim) *
+         static_cast<size_t>(shape.centroids());
+}
+
+inline Table make_table(const Shape& shape, const std::vector<float>& centroids) {
+  couplet_table_params const params = {centroids.data(), shape.kv_heads, shape.head_dim, shape.codec};
+  couplet_table* table = nullptr;
+  couplet_report report{};
+  CHECK(cpu::table_entries.create(&params, &table, &report) == COUPLET_OK, "%s", report.detail);
+  return Table(table);
 }
 
 // Memory of pages, each kv head's codes page_stride bytes after the other's. Starts random: a changed bit shows.

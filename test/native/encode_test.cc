@@ -5,10 +5,8 @@
 #include <algorithm>
 #include <cfloat>
 #include <cstring>
-#include <memory>
 #include <optional>
 
-#include "../../native/cpu/backend.h"
 #include "../../native/cpu/table.h"
 #include "codes_reference.h"
 
@@ -16,24 +14,6 @@ namespace {
 
 using namespace couplet::test;
 using couplet::cpu::NearestBody;
-
-struct TableDeleter {
-  void operator()(couplet_table* table) const { couplet::cpu::table_entries.destroy(table); }
-};
-using Table = std::unique_ptr<couplet_table, TableDeleter>;
-
-Table make_table(const Shape& shape, const std::vector<float>& centroids) {
-  couplet_table_params const params = {centroids.data(), shape.kv_heads, shape.head_dim, shape.codec};
-  couplet_table* table = nullptr;
-  couplet_report report{};
-  CHECK(couplet::cpu::table_entries.create(&params, &table, &report) == COUPLET_OK, "%s", report.detail);
-  return Table(table);
-}
-
-size_t table_floats(const Shape& shape) {
-  return static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(shape.head_dim) *
-         static_cast<size_t>(shape.centroids());
-}
 
 std::vector<const NearestBody*> bodies() {
 #if defined(__x86_64__)
@@ -124,6 +104,21 @@ void fill(Rows& rows, const Shape& shape, Random& random, double scale) {
 void test_random(Random& random, int trials) {
   for (int trial = 0; trial < trials; ++trial) {
     Shape const shape = random_shape(random);
+    Rows rows(shape, random);
+    fill(rows, shape, random, 1);
+    check_against_reference(shape, random.normals(table_floats(shape)), rows, Pages(shape, random));
+  }
+}
+
+// Enough work for several threads, which share bytes of pages with nobody: 1-bit codes, 8 tokens to a byte.
+void test_threads(Random& random) {
+  for (couplet_codec codec : {couplet_codec{8, 8}, couplet_codec{64, 1}, couplet_codec{16, 9}}) {
+    Shape const shape = {.codec = codec,
+                         .kv_heads = 3,
+                         .head_dim = 64,
+                         .tokens = 12'800 >> codec.code_bits / 2,
+                         .page_tokens = 16,
+                         .first_token = 5};
     Rows rows(shape, random);
     fill(rows, shape, random, 1);
     check_against_reference(shape, random.normals(table_floats(shape)), rows, Pages(shape, random));
@@ -305,6 +300,7 @@ int main() {
   test_tables(random);
   test_refusals(random);
   test_random(random, 150);
+  test_threads(random);
   test_token_counts(random);
   test_ties(random);
   test_extremes(random);

@@ -3,7 +3,8 @@
 // Coded tokens live in pages, full-precision tokens (sinks, window) in raw blocks; both are reference counted, taken from one
 // byte budget, and copied when a shared one is about to be written. New tokens enter through a step:
 //   begin (reserves every byte the step needs, or changes nothing) -> attend or append, once per layer -> commit or abort.
-// A token is coded when it leaves the window. Until commit nothing that the sequence held before is overwritten.
+// A token is coded when it leaves the window. Until commit nothing that the sequence held before is overwritten, so a step
+// that fails or is aborted leaves its sequences as they were.
 #pragma once
 
 #include <cstdint>
@@ -26,16 +27,18 @@ struct LayerTables {  // tables of one layer, owned by a Codebook
 // The tables of a whole model on one backend. Shared by caches, immutable.
 class Codebook {
  public:
-  // centroids: for each layer the float32 tables of the key side, then of the value side,
-  // each [kv_heads][groups][2^code_bits][group_channels].
   struct Shape {
     int32_t layers = 0, kv_heads = 0, head_dim = 0;
     couplet_codec key_codec{}, value_codec{};
   };
-  static couplet_status create(const couplet_backend* backend, const Shape& shape,
-                               std::span<const float* const> key_tables, std::span<const float* const> value_tables,
-                               std::shared_ptr<const Codebook>* out, couplet_report* report);
+  // key_tables, value_tables: for each layer float32 [kv_heads][groups][2^code_bits][group_channels]; copied.
+  static couplet_status create(const couplet_backend* backend, const Shape& shape, std::span<const float* const> key_tables,
+                               std::span<const float* const> value_tables, std::shared_ptr<const Codebook>* out,
+                               couplet_report* report);
   ~Codebook();
+  Codebook(const Codebook&) = delete;
+  Codebook& operator=(const Codebook&) = delete;
+  const couplet_backend* backend() const { return backend_; }
   const Shape& shape() const { return shape_; }
   const LayerTables& layer(int32_t index) const { return layers_[static_cast<size_t>(index)]; }
   size_t bytes() const { return bytes_; }
@@ -50,8 +53,8 @@ class Codebook {
 
 struct CacheConfig {
   int32_t layers = 0, query_heads = 0, kv_heads = 0, head_dim = 0;
-  int32_t sinks = 4;    // first tokens kept in full precision
-  int32_t window = 32;  // last tokens kept in full precision; negative: all of them (no codebook is needed then)
+  int32_t sinks = 4;         // first tokens kept in full precision
+  int32_t window = 32;       // last tokens kept in full precision; negative: all of them (no codebook is needed then)
   int32_t page_tokens = COUPLET_PAGE_TOKENS;
   int32_t threads = 0;       // 0: all cores
   int64_t budget_bytes = 0;  // pages and raw blocks together; 0: unlimited
@@ -64,13 +67,14 @@ struct AttendOptions {
   float scale = 0;                    // 0: 1 / sqrt(head_dim)
   float softcap = 0;
   int32_t local_window = 0;
+  const volatile int32_t* cancel = nullptr;  // read between pieces of the work; non-zero: COUPLET_CANCELLED
 };
 
 using SequenceId = int64_t;
 
 struct StepRow {
   SequenceId sequence = 0;
-  int32_t tokens = 0;  // new tokens, >= 0
+  int32_t tokens = 0;  // new tokens, >= 0; 0 takes part with nothing to do
 };
 
 // Rows of the new tokens of one sequence in one layer; element (token, head, channel) at
@@ -88,28 +92,26 @@ struct StepData {
 
 struct CacheStatistics {
   int64_t sequences = 0;
-  int64_t tokens = 0;  // over all sequences, shared ones counted for each
+  int64_t tokens = 0;          // over all sequences, shared ones counted for each
   int64_t coded_tokens = 0;
   int64_t raw_tokens = 0;
-  int64_t page_bytes = 0;  // allocated for codes, padding and unused slots included; shared pages once
-  int64_t raw_bytes = 0;   // allocated for full-precision tokens
+  int64_t page_bytes = 0;      // allocated for codes, padding and unused slots included; shared pages once
+  int64_t raw_bytes = 0;       // allocated for full-precision tokens
   int64_t codebook_bytes = 0;
-  int64_t bookkeeping_bytes = 0;
+  int64_t bookkeeping_bytes = 0;  // page tables, block headers, scratch of attend: an estimate from below
   int64_t budget_bytes = 0;
-  int64_t peak_bytes = 0;  // highest page_bytes + raw_bytes so far
-  // 8 * (page_bytes + raw_bytes + codebook_bytes) / (tokens * layers * 2 * kv_heads * head_dim)
-  double bits_per_channel = 0;
+  int64_t peak_bytes = 0;      // highest page_bytes + raw_bytes so far
+  double bits_per_channel = 0; // 8 * (page_bytes + raw_bytes + codebook_bytes) / (tokens * layers * 2 * kv_heads * head_dim)
 };
 
 class Step;
 
 // Safe to call from any thread. A sequence is inside at most one step at a time; anything else asked of it meanwhile
-// answers COUPLET_BUSY.
+// answers COUPLET_BUSY. Every call answers COUPLET_DISPOSED after dispose, or for a sequence that was dropped.
 class Cache : public std::enable_shared_from_this<Cache> {
  public:
   static couplet_status create(const couplet_backend* backend, const CacheConfig& config,
-                               std::shared_ptr<const Codebook> codebook, std::shared_ptr<Cache>* out,
-                               couplet_report* report);
+                               std::shared_ptr<const Codebook> codebook, std::shared_ptr<Cache>* out, couplet_report* report);
   ~Cache();
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
@@ -119,25 +121,32 @@ class Cache : public std::enable_shared_from_this<Cache> {
 
   couplet_status create_sequence(SequenceId* out, couplet_report* report);
   couplet_status fork(SequenceId from, SequenceId* out, couplet_report* report);
-  couplet_status truncate(SequenceId sequence, int64_t tokens, couplet_report* report);  // keeps the first `tokens`
-  couplet_status reset(SequenceId sequence, couplet_report* report);                     // truncate to 0
+  // Keeps the first `tokens`. A coded token stays coded: after a cut into them the window holds fewer tokens than
+  // config().window until enough new ones have come, which is what a token read from codes costs, no more.
+  couplet_status truncate(SequenceId sequence, int64_t tokens, couplet_report* report);
+  couplet_status reset(SequenceId sequence, couplet_report* report);  // truncate to 0
   couplet_status drop(SequenceId sequence, couplet_report* report);
+  void abandon(SequenceId sequence) noexcept;  // drop, when its step ends if it is inside one; for finalizers
   couplet_status length(SequenceId sequence, int64_t* out, couplet_report* report) const;
 
-  couplet_status begin(std::span<const StepRow> rows, Prefill prefill, std::shared_ptr<Step>* out,
-                       couplet_report* report);
+  couplet_status begin(std::span<const StepRow> rows, Prefill prefill, std::shared_ptr<Step>* out, couplet_report* report);
 
   CacheStatistics statistics() const;
+  int64_t memory_bytes() const;  // page_bytes + raw_bytes, without taking the lock
+
+  // Aborts every open step and frees every sequence; what a running attend uses is freed when that ends. Idempotent.
+  void dispose() noexcept;
+  bool disposed() const;
 
  private:
-  Cache() = default;
+  Cache();
   friend class Step;
   struct State;
   std::unique_ptr<State> state_;
 };
 
 // New tokens of some sequences on their way through the layers. Each layer once, in any order, one call at a time.
-// Destroying an open step aborts it.
+// Destroying an open step aborts it. After an error inside attend only abort is left.
 class Step {
  public:
   ~Step();
@@ -148,13 +157,14 @@ class Step {
   int64_t first_token(size_t row) const;  // length of the row's sequence before the step
 
   // data: one entry per row. Stores keys and values of the new tokens and, where queries are given, writes outputs.
-  couplet_status attend(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
-                        couplet_report* report);
+  couplet_status attend(int32_t layer, std::span<const StepData> data, const AttendOptions& options, couplet_report* report);
   couplet_status commit(couplet_report* report);  // refuses while a layer is missing
-  void abort();
+  void abort() noexcept;  // takes effect at its end when an attend is running; does nothing after commit
+
+  const std::shared_ptr<Cache>& cache() const;
 
  private:
-  Step() = default;
+  Step();
   friend class Cache;
   struct State;
   std::unique_ptr<State> state_;

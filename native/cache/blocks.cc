@@ -1,0 +1,79 @@
+#include "blocks.h"
+
+namespace couplet {
+
+Block::~Block() {
+  pool_->backend_->memory.release(memory_, static_cast<size_t>(bytes_));
+  pool_->count(kind_, -bytes_, -1);
+}
+
+BlockRef BlockPool::allocate(BlockKind kind, int64_t bytes, int32_t tokens) {
+  auto* const memory = static_cast<uint8_t*>(backend_->memory.allocate(static_cast<size_t>(bytes)));
+  if (!memory) return nullptr;
+  count(kind, bytes, 1);
+  try {
+    return std::make_shared<Block>(this, kind, memory, bytes, tokens);
+  } catch (...) {
+    backend_->memory.release(memory, static_cast<size_t>(bytes));
+    count(kind, -bytes, -1);
+    throw;
+  }
+}
+
+void BlockPool::count(BlockKind kind, int64_t bytes, int64_t blocks) {
+  (kind == BlockKind::codes ? page_bytes_ : raw_bytes_).fetch_add(bytes, std::memory_order_relaxed);
+  blocks_.fetch_add(blocks, std::memory_order_relaxed);
+}
+
+CodeLayout code_layout(int32_t layers, int32_t kv_heads, int32_t head_dim, int32_t page_tokens, couplet_codec key_codec,
+                       couplet_codec value_codec) {
+  CodeLayout layout;
+  layout.key_page_stride = couplet_page_bytes(key_codec, head_dim, page_tokens);
+  layout.value_page_stride = couplet_page_bytes(value_codec, head_dim, page_tokens);
+  for (int32_t layer = 0; layer < layers; ++layer) {
+    layout.key_offsets.push_back(layout.block_bytes);
+    layout.block_bytes += kv_heads * layout.key_page_stride;
+    layout.value_offsets.push_back(layout.block_bytes);
+    layout.block_bytes += kv_heads * layout.value_page_stride;
+  }
+  return layout;
+}
+
+void BlockList::keep(int64_t begin, int64_t end) {
+  begin = std::clamp(begin, first, this->end());
+  end = std::clamp(end, begin, this->end());
+  blocks.erase(blocks.begin() + (end - first), blocks.end());
+  blocks.erase(blocks.begin(), blocks.begin() + (begin - first));
+  first = begin;
+}
+
+Tail plan_tail(const BlockList& list, const Region& region, int64_t write_begin, int64_t write_end, int64_t live_begin,
+               int64_t live_end) {
+  Tail tail;
+  if (write_begin >= write_end) return tail;
+  tail.first = region.index(write_begin);
+  tail.blocks.resize(static_cast<size_t>(region.index(write_end - 1) - tail.first + 1));
+  if (!list.holds(tail.first)) return tail;
+  const BlockRef& held = list.at(tail.first);
+  if (held.use_count() == 1) {
+    tail.blocks.front() = held;
+  } else if (std::max(live_begin, region.first_token(tail.first)) < live_end) {
+    tail.original = held;
+  }
+  return tail;
+}
+
+void reserve_tail(BlockList* list, const Tail& tail) {
+  list->blocks.reserve(list->blocks.size() + tail.blocks.size());
+}
+
+void apply_tail(BlockList* list, Tail* tail) {
+  if (tail->blocks.empty()) return;
+  list->keep(list->first, tail->first);
+  if (list->end() != tail->first) list->blocks.clear();  // what lay between has been coded
+  if (list->blocks.empty()) list->first = tail->first;
+  for (BlockRef& block : tail->blocks) list->blocks.push_back(std::move(block));
+  *tail = {};
+}
+
+}  // namespace couplet

@@ -19,8 +19,10 @@ void gather_pages(const Region& region, StepRowState* row, int64_t sinks) {
 
 }  // namespace
 
-couplet_status Cache::State::plan(std::span<const StepRow> rows, std::vector<StepRowState>* out, couplet_report* report) {
-  if (rows.empty()) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected at least one sequence for a step but received none");
+couplet_status Cache::State::plan(std::span<const StepRow> rows, std::vector<StepRowState>* out,
+                                  couplet_report* report) {
+  if (rows.empty())
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected at least one sequence for a step but received none");
   std::unordered_set<SequenceId> seen;
   for (const StepRow& row : rows) {
     StepRowState next;
@@ -28,7 +30,8 @@ couplet_status Cache::State::plan(std::span<const StepRow> rows, std::vector<Ste
     couplet_status const status = find_idle(row.sequence, &next.sequence, report);
     if (status != COUPLET_OK) return status;
     if (!seen.insert(row.sequence).second) {
-      return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected each sequence once in a step but received one of them twice");
+      return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                  "Expected each sequence once in a step but received one of them twice");
     }
     const Sequence& sequence = *next.sequence;
     if (row.tokens < 0 || row.tokens > INT32_MAX - sequence.length) {
@@ -43,7 +46,8 @@ couplet_status Cache::State::plan(std::span<const StepRow> rows, std::vector<Ste
         config.window < 0 ? sequence.coded_end : std::max(sequence.coded_end, next.new_length - config.window);
     int64_t const old_sinks = std::min<int64_t>(next.old_length, config.sinks);
     int64_t const new_sinks = std::min<int64_t>(next.new_length, config.sinks);
-    next.codes = plan_tail(sequence.codes, codes, next.old_coded_end, next.new_coded_end, config.sinks, next.old_coded_end);
+    next.codes =
+        plan_tail(sequence.codes, codes, next.old_coded_end, next.new_coded_end, config.sinks, next.old_coded_end);
     next.sinks = plan_tail(sequence.sinks, sinks, old_sinks, new_sinks, 0, old_sinks);
     next.window = plan_tail(sequence.window, window, std::max(next.new_coded_end, next.old_length), next.new_length,
                             next.new_coded_end, next.old_length);
@@ -63,9 +67,11 @@ couplet_status Cache::State::reserve(std::vector<StepRowState>* rows, couplet_re
   }
   if (!pool.fits(needed)) {
     return fail(report, COUPLET_CACHE_FULL, {},
-                "The step needs %lld bytes and %lld of the cache's %lld are free; truncate, reset or dispose a sequence, or create "
+                "The step needs %lld bytes and %lld of the cache's %lld are free; truncate, reset or dispose a "
+                "sequence, or create "
                 "the cache with more memory",
-                static_cast<long long>(needed), static_cast<long long>(std::max<int64_t>(0, pool.budget_bytes() - pool.used_bytes())),
+                static_cast<long long>(needed),
+                static_cast<long long>(std::max<int64_t>(0, pool.budget_bytes() - pool.used_bytes())),
                 static_cast<long long>(pool.budget_bytes()));
   }
   for (StepRowState& row : *rows) {
@@ -89,7 +95,9 @@ couplet_status Cache::State::reserve(std::vector<StepRowState>* rows, couplet_re
   return COUPLET_OK;
 }
 
-couplet_status Cache::begin(std::span<const StepRow> rows, Prefill prefill, std::shared_ptr<Step>* out, couplet_report* report) try {
+couplet_status Cache::begin(std::span<const StepRow> rows, Prefill prefill, std::shared_ptr<Step>* out,
+                            couplet_report* report) try {
+  std::shared_ptr<Step> step(new Step);  // before the lock: what *out held before may be a step that its end aborts
   std::lock_guard const lock(state_->mutex);
   State& state = *state_;
   if (state.disposed) return fail(report, COUPLET_DISPOSED, {}, "The cache has been disposed; create another one");
@@ -104,7 +112,6 @@ couplet_status Cache::begin(std::span<const StepRow> rows, Prefill prefill, std:
   step_state->prefill = state.config.window < 0 ? Prefill::exact : prefill;
   step_state->public_rows.assign(rows.begin(), rows.end());
   step_state->layer_done.resize(static_cast<size_t>(state.config.layers));
-  std::shared_ptr<Step> step(new Step);
   state.open_steps.insert(step_state.get());
   // Nothing below can fail.
   step_state->rows = std::move(planned);
@@ -117,7 +124,7 @@ couplet_status Cache::begin(std::span<const StepRow> rows, Prefill prefill, std:
   }
   state.pool.note_peak();
   step->state_ = std::move(step_state);
-  *out = std::move(step);
+  out->swap(step);
   return COUPLET_OK;
 } catch (const std::bad_alloc&) {
   return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for a step of %zu sequences", rows.size());
@@ -145,9 +152,12 @@ couplet_status Step::commit(couplet_report* report) {
   std::lock_guard const lock(cache.mutex);
   if (cache.disposed) return fail(report, COUPLET_DISPOSED, {}, "The cache has been disposed; create another one");
   switch (state_->phase) {
-    case StepPhase::closed: return fail(report, COUPLET_DISPOSED, {}, "The step has been committed or aborted; begin another one");
-    case StepPhase::running: return fail(report, COUPLET_BUSY, {}, "The step is computing a layer; await that before commit");
-    case StepPhase::failed: return fail(report, COUPLET_INVALID_ARGUMENT, {}, "A layer of the step has failed; abort the step");
+    case StepPhase::closed:
+      return fail(report, COUPLET_DISPOSED, {}, "The step has been committed or aborted; begin another one");
+    case StepPhase::running:
+      return fail(report, COUPLET_BUSY, {}, "The step is computing a layer; await that before commit");
+    case StepPhase::failed:
+      return fail(report, COUPLET_INVALID_ARGUMENT, {}, "A layer of the step has failed; abort the step");
     case StepPhase::open: break;
   }
   for (size_t layer = 0; layer < state_->layer_done.size(); ++layer) {

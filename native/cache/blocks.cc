@@ -63,9 +63,7 @@ Tail plan_tail(const BlockList& list, const Region& region, int64_t write_begin,
   return tail;
 }
 
-void reserve_tail(BlockList* list, const Tail& tail) {
-  list->blocks.reserve(list->blocks.size() + tail.blocks.size());
-}
+void reserve_tail(BlockList* list, const Tail& tail) { list->blocks.reserve(list->blocks.size() + tail.blocks.size()); }
 
 void apply_tail(BlockList* list, Tail* tail) {
   if (tail->blocks.empty()) return;

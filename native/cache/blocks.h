@@ -82,7 +82,9 @@ CodeLayout code_layout(int32_t layers, int32_t kv_heads, int32_t head_dim, int32
 struct RawLayout {
   int32_t layers = 0, kv_heads = 0, head_dim = 0;
   int64_t side_floats(int32_t tokens) const { return static_cast<int64_t>(kv_heads) * tokens * head_dim; }
-  int64_t block_bytes(int32_t tokens) const { return layers * 2 * side_floats(tokens) * static_cast<int64_t>(sizeof(float)); }
+  int64_t block_bytes(int32_t tokens) const {
+    return layers * 2 * side_floats(tokens) * static_cast<int64_t>(sizeof(float));
+  }
   int64_t head_stride(const Block& block) const { return static_cast<int64_t>(block.tokens()) * head_dim; }
   float* keys(const Block& block, int32_t layer) const {
     return reinterpret_cast<float*>(block.memory()) + 2 * layer * side_floats(block.tokens());

@@ -10,13 +10,15 @@ namespace {
 couplet_status check_config(const CacheConfig& config, couplet_report* report) {
   if (config.layers < 1 || config.kv_heads < 1 || config.query_heads < 1 || config.query_heads % config.kv_heads != 0) {
     return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected layers, kvHeads and queryHeads of at least 1, queryHeads a multiple of kvHeads, but received %d layers, "
+                "Expected layers, kvHeads and queryHeads of at least 1, queryHeads a multiple of kvHeads, but received "
+                "%d layers, "
                 "%d kv heads, %d query heads",
                 config.layers, config.kv_heads, config.query_heads);
   }
   if (config.head_dim < 32 || config.head_dim > COUPLET_MAX_HEAD_DIM || config.head_dim % 8 != 0) {
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected a multiple of 8 from 32 to %d for `headDim` but received %d",
-                COUPLET_MAX_HEAD_DIM, config.head_dim);
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected a multiple of 8 from 32 to %d for `headDim` but received %d", COUPLET_MAX_HEAD_DIM,
+                config.head_dim);
   }
   if (config.sinks < 0) {
     return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected 0 or more for `sinks` but received %d", config.sinks);
@@ -37,18 +39,22 @@ couplet_status check_codebook(const CacheConfig& config, const couplet_backend* 
   if (!codebook) {
     if (config.window < 0) return COUPLET_OK;
     return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected a codebook, or Infinity for `window` (everything in full precision), but received window %d and no codebook",
+                "Expected a codebook, or Infinity for `window` (everything in full precision), but received window %d "
+                "and no codebook",
                 config.window);
   }
   if (codebook->backend() != backend) {
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected a codebook on backend %s but received one on backend %s",
-                backend->name, codebook->backend()->name);
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected a codebook on backend %s but received one on backend %s", backend->name,
+                codebook->backend()->name);
   }
   const Codebook::Shape& shape = codebook->shape();
-  if (shape.layers == config.layers && shape.kv_heads == config.kv_heads && shape.head_dim == config.head_dim) return COUPLET_OK;
-  return fail(report, COUPLET_MISMATCH, {},
-              "The codebook is for %d layers, %d kv heads, headDim %d and the cache for %d layers, %d kv heads, headDim %d",
-              shape.layers, shape.kv_heads, shape.head_dim, config.layers, config.kv_heads, config.head_dim);
+  if (shape.layers == config.layers && shape.kv_heads == config.kv_heads && shape.head_dim == config.head_dim)
+    return COUPLET_OK;
+  return fail(
+      report, COUPLET_MISMATCH, {},
+      "The codebook is for %d layers, %d kv heads, headDim %d and the cache for %d layers, %d kv heads, headDim %d",
+      shape.layers, shape.kv_heads, shape.head_dim, config.layers, config.kv_heads, config.head_dim);
 }
 
 int64_t list_bytes(const BlockList& list) { return static_cast<int64_t>(list.blocks.capacity() * sizeof(BlockRef)); }
@@ -61,8 +67,9 @@ constexpr int64_t block_header_bytes = sizeof(Block) + 2 * sizeof(void*);
 Cache::Cache() = default;
 Cache::~Cache() = default;
 
-couplet_status Cache::create(const couplet_backend* backend, const CacheConfig& config, std::shared_ptr<const Codebook> codebook,
-                             std::shared_ptr<Cache>* out, couplet_report* report) try {
+couplet_status Cache::create(const couplet_backend* backend, const CacheConfig& config,
+                             std::shared_ptr<const Codebook> codebook, std::shared_ptr<Cache>* out,
+                             couplet_report* report) try {
   couplet_status status = check_config(config, report);
   if (status == COUPLET_OK) status = check_codebook(config, backend, codebook.get(), report);
   if (status != COUPLET_OK) return status;
@@ -92,7 +99,8 @@ couplet_status Cache::State::find(SequenceId id, Sequence** out, couplet_report*
   if (disposed) return fail(report, COUPLET_DISPOSED, {}, "The cache has been disposed; create another one");
   auto const found = sequences.find(id);
   if (found == sequences.end() || found->second.abandoned) {
-    return fail(report, COUPLET_DISPOSED, {}, "The sequence has been disposed; create another one with cache.sequence()");
+    return fail(report, COUPLET_DISPOSED, {},
+                "The sequence has been disposed; create another one with cache.sequence()");
   }
   *out = &found->second;
   return COUPLET_OK;
@@ -105,7 +113,8 @@ couplet_status Cache::State::find_idle(SequenceId id, Sequence** out, couplet_re
 }
 
 void Cache::State::trim(Sequence* sequence) const {
-  sequence->codes.keep(codes.index(config.sinks), sequence->coded_end > config.sinks ? codes.blocks_until(sequence->coded_end) : 0);
+  sequence->codes.keep(codes.index(config.sinks),
+                       sequence->coded_end > config.sinks ? codes.blocks_until(sequence->coded_end) : 0);
   sequence->sinks.keep(0, sinks.blocks_until(std::min<int64_t>(sequence->length, config.sinks)));
   sequence->window.keep(window.index(sequence->coded_end),
                         sequence->coded_end < sequence->length ? window.blocks_until(sequence->length) : 0);
@@ -142,7 +151,8 @@ couplet_status Cache::truncate(SequenceId id, int64_t tokens, couplet_report* re
   couplet_status const status = state_->find_idle(id, &sequence, report);
   if (status != COUPLET_OK) return status;
   if (tokens < 0 || tokens > sequence->length) {
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected 0 to %lld (the sequence's length) for `tokens` but received %lld",
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected 0 to %lld (the sequence's length) for `tokens` but received %lld",
                 static_cast<long long>(sequence->length), static_cast<long long>(tokens));
   }
   sequence->length = tokens;
@@ -185,7 +195,8 @@ CacheStatistics Cache::statistics() const {
   const CacheConfig& config = state_->config;
   CacheStatistics statistics;
   statistics.sequences = static_cast<int64_t>(state_->sequences.size());
-  statistics.bookkeeping_bytes = static_cast<int64_t>(sizeof(State)) + state_->scratch_bytes.load(std::memory_order_relaxed) +
+  statistics.bookkeeping_bytes = static_cast<int64_t>(sizeof(State)) +
+                                 state_->scratch_bytes.load(std::memory_order_relaxed) +
                                  state_->pool.blocks() * block_header_bytes;
   for (const auto& [id, sequence] : state_->sequences) {
     statistics.tokens += sequence.length;
@@ -200,7 +211,8 @@ CacheStatistics Cache::statistics() const {
   statistics.budget_bytes = config.budget_bytes;
   statistics.peak_bytes = state_->pool.peak_bytes();
   if (statistics.tokens > 0) {
-    double const channels = 2.0 * config.layers * config.kv_heads * config.head_dim * static_cast<double>(statistics.tokens);
+    double const channels =
+        2.0 * config.layers * config.kv_heads * config.head_dim * static_cast<double>(statistics.tokens);
     statistics.bits_per_channel =
         8.0 * static_cast<double>(statistics.page_bytes + statistics.raw_bytes + statistics.codebook_bytes) / channels;
   }

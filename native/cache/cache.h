@@ -32,9 +32,9 @@ class Codebook {
     couplet_codec key_codec{}, value_codec{};
   };
   // key_tables, value_tables: for each layer float32 [kv_heads][groups][2^code_bits][group_channels]; copied.
-  static couplet_status create(const couplet_backend* backend, const Shape& shape, std::span<const float* const> key_tables,
-                               std::span<const float* const> value_tables, std::shared_ptr<const Codebook>* out,
-                               couplet_report* report);
+  static couplet_status create(const couplet_backend* backend, const Shape& shape,
+                               std::span<const float* const> key_tables, std::span<const float* const> value_tables,
+                               std::shared_ptr<const Codebook>* out, couplet_report* report);
   ~Codebook();
   Codebook(const Codebook&) = delete;
   Codebook& operator=(const Codebook&) = delete;
@@ -53,8 +53,8 @@ class Codebook {
 
 struct CacheConfig {
   int32_t layers = 0, query_heads = 0, kv_heads = 0, head_dim = 0;
-  int32_t sinks = 4;         // first tokens kept in full precision
-  int32_t window = 32;       // last tokens kept in full precision; negative: all of them (no codebook is needed then)
+  int32_t sinks = 4;    // first tokens kept in full precision
+  int32_t window = 32;  // last tokens kept in full precision; negative: all of them (no codebook is needed then)
   int32_t page_tokens = COUPLET_PAGE_TOKENS;
   int32_t threads = 0;       // 0: all cores
   int64_t budget_bytes = 0;  // pages and raw blocks together; 0: unlimited
@@ -92,16 +92,17 @@ struct StepData {
 
 struct CacheStatistics {
   int64_t sequences = 0;
-  int64_t tokens = 0;          // over all sequences, shared ones counted for each
+  int64_t tokens = 0;  // over all sequences, shared ones counted for each
   int64_t coded_tokens = 0;
   int64_t raw_tokens = 0;
-  int64_t page_bytes = 0;      // allocated for codes, padding and unused slots included; shared pages once
-  int64_t raw_bytes = 0;       // allocated for full-precision tokens
+  int64_t page_bytes = 0;  // allocated for codes, padding and unused slots included; shared pages once
+  int64_t raw_bytes = 0;   // allocated for full-precision tokens
   int64_t codebook_bytes = 0;
   int64_t bookkeeping_bytes = 0;  // page tables, block headers, scratch of attend: an estimate from below
   int64_t budget_bytes = 0;
-  int64_t peak_bytes = 0;      // highest page_bytes + raw_bytes so far
-  double bits_per_channel = 0; // 8 * (page_bytes + raw_bytes + codebook_bytes) / (tokens * layers * 2 * kv_heads * head_dim)
+  int64_t peak_bytes = 0;  // highest page_bytes + raw_bytes so far
+  double bits_per_channel =
+      0;  // 8 * (page_bytes + raw_bytes + codebook_bytes) / (tokens * layers * 2 * kv_heads * head_dim)
 };
 
 class Step;
@@ -111,7 +112,8 @@ class Step;
 class Cache : public std::enable_shared_from_this<Cache> {
  public:
   static couplet_status create(const couplet_backend* backend, const CacheConfig& config,
-                               std::shared_ptr<const Codebook> codebook, std::shared_ptr<Cache>* out, couplet_report* report);
+                               std::shared_ptr<const Codebook> codebook, std::shared_ptr<Cache>* out,
+                               couplet_report* report);
   ~Cache();
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
@@ -129,7 +131,8 @@ class Cache : public std::enable_shared_from_this<Cache> {
   void abandon(SequenceId sequence) noexcept;  // drop, when its step ends if it is inside one; for finalizers
   couplet_status length(SequenceId sequence, int64_t* out, couplet_report* report) const;
 
-  couplet_status begin(std::span<const StepRow> rows, Prefill prefill, std::shared_ptr<Step>* out, couplet_report* report);
+  couplet_status begin(std::span<const StepRow> rows, Prefill prefill, std::shared_ptr<Step>* out,
+                       couplet_report* report);
 
   CacheStatistics statistics() const;
   int64_t memory_bytes() const;  // page_bytes + raw_bytes, without taking the lock
@@ -157,7 +160,8 @@ class Step {
   int64_t first_token(size_t row) const;  // length of the row's sequence before the step
 
   // data: one entry per row. Stores keys and values of the new tokens and, where queries are given, writes outputs.
-  couplet_status attend(int32_t layer, std::span<const StepData> data, const AttendOptions& options, couplet_report* report);
+  couplet_status attend(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
+                        couplet_report* report);
   couplet_status commit(couplet_report* report);  // refuses while a layer is missing
   void abort() noexcept;  // takes effect at its end when an attend is running; does nothing after commit
 

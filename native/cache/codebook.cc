@@ -6,10 +6,13 @@
 namespace couplet {
 namespace {
 
-couplet_status check_shape(const Codebook::Shape& shape, size_t key_tables, size_t value_tables, couplet_report* report) {
-  if (shape.layers < 1 || shape.kv_heads < 1 || shape.head_dim < COUPLET_MIN_HEAD_DIM || shape.head_dim > COUPLET_MAX_HEAD_DIM) {
+couplet_status check_shape(const Codebook::Shape& shape, size_t key_tables, size_t value_tables,
+                           couplet_report* report) {
+  if (shape.layers < 1 || shape.kv_heads < 1 || shape.head_dim < COUPLET_MIN_HEAD_DIM ||
+      shape.head_dim > COUPLET_MAX_HEAD_DIM) {
     return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected at least one layer, at least one kv head and a headDim of %d to %d but received %d layers, %d kv heads, "
+                "Expected at least one layer, at least one kv head and a headDim of %d to %d but received %d layers, "
+                "%d kv heads, "
                 "headDim %d",
                 COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM, shape.layers, shape.kv_heads, shape.head_dim);
   }
@@ -20,17 +23,17 @@ couplet_status check_shape(const Codebook::Shape& shape, size_t key_tables, size
                 COUPLET_MAX_CODE_BITS, shape.head_dim, codec.group_channels, codec.code_bits);
   }
   if (key_tables != static_cast<size_t>(shape.layers) || value_tables != static_cast<size_t>(shape.layers)) {
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %d key and %d value tables but received %zu and %zu", shape.layers,
-                shape.layers, key_tables, value_tables);
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %d key and %d value tables but received %zu and %zu",
+                shape.layers, shape.layers, key_tables, value_tables);
   }
   return COUPLET_OK;
 }
 
 }  // namespace
 
-couplet_status Codebook::create(const couplet_backend* backend, const Shape& shape, std::span<const float* const> key_tables,
-                                std::span<const float* const> value_tables, std::shared_ptr<const Codebook>* out,
-                                couplet_report* report) try {
+couplet_status Codebook::create(const couplet_backend* backend, const Shape& shape,
+                                std::span<const float* const> key_tables, std::span<const float* const> value_tables,
+                                std::shared_ptr<const Codebook>* out, couplet_report* report) try {
   couplet_status status = check_shape(shape, key_tables.size(), value_tables.size(), report);
   if (status != COUPLET_OK) return status;
   std::shared_ptr<Codebook> codebook(new Codebook);
@@ -40,10 +43,11 @@ couplet_status Codebook::create(const couplet_backend* backend, const Shape& sha
   for (int32_t layer = 0; layer < shape.layers; ++layer) {
     LayerTables& tables = codebook->layers_[static_cast<size_t>(layer)];
     for (bool is_key : {true, false}) {
-      couplet_table_params const params = {.centroids = (is_key ? key_tables : value_tables)[static_cast<size_t>(layer)],
-                                           .kv_heads = shape.kv_heads,
-                                           .head_dim = shape.head_dim,
-                                           .codec = is_key ? shape.key_codec : shape.value_codec};
+      couplet_table_params const params = {
+          .centroids = (is_key ? key_tables : value_tables)[static_cast<size_t>(layer)],
+          .kv_heads = shape.kv_heads,
+          .head_dim = shape.head_dim,
+          .codec = is_key ? shape.key_codec : shape.value_codec};
       couplet_table** const table = is_key ? &tables.key : &tables.value;
       status = backend->table.create(&params, table, report);
       if (status != COUPLET_OK) {

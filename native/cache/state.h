@@ -94,22 +94,28 @@ struct Step::State {
   StepPhase phase = StepPhase::open;
   bool abort_wanted = false;
 
-  couplet_status check_layer(int32_t layer, std::span<const StepData> data, const AttendOptions& options, couplet_report* report) const;
-  couplet_status run_layer(int32_t layer, std::span<const StepData> data, const AttendOptions& options, couplet_report* report);
+  couplet_status check_layer(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
+                             couplet_report* report) const;
+  couplet_status run_layer(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
+                           couplet_report* report);
 
  private:
   couplet_status copy_shared(const StepRowState& row, int32_t layer, couplet_report* report);
   couplet_status store_raw(const StepRowState& row, int32_t layer, const StepData& data, couplet_report* report);
   couplet_status encode_leaving(const StepRowState& row, int32_t layer, const StepData& data, couplet_report* report);
-  couplet_status encode_run(const StepRowState& row, int32_t layer, const StepData& data, int64_t first_token, int64_t tokens, couplet_report* report);
+  couplet_status encode_run(const StepRowState& row, int32_t layer, const StepData& data, int64_t first_token,
+                            int64_t tokens, couplet_report* report);
   void gather_dense(const StepRowState& row, const StepData& data, int32_t layer);
   void gather_queries(const StepRowState& row, const StepData& data, int64_t begin, int64_t end, size_t dense_offset,
                       size_t dense_count);
-  couplet_status attend_rows(int32_t layer, std::span<const StepData> data, const AttendOptions& options, couplet_report* report);
+  couplet_attend_params attend_params(int32_t layer, const AttendOptions& options) const;
+  couplet_status attend_rows(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
+                             couplet_report* report);
 };
 
 struct Cache::State {
-  State(const couplet_backend* owner, const CacheConfig& given) : backend(owner), config(given), pool(owner, given.budget_bytes) {}
+  State(const couplet_backend* owner, const CacheConfig& given)
+      : backend(owner), config(given), pool(owner, given.budget_bytes) {}
 
   const couplet_backend* const backend;
   const CacheConfig config;
@@ -141,7 +147,7 @@ struct Cache::State {
   couplet_status find_idle(SequenceId id, Sequence** out, couplet_report* report);  // one that is in no step
   couplet_status plan(std::span<const StepRow> rows, std::vector<StepRowState>* out, couplet_report* report);
   couplet_status reserve(std::vector<StepRowState>* rows, couplet_report* report);
-  void trim(Sequence* sequence) const;  // drops the blocks in which nothing is live
+  void trim(Sequence* sequence) const;        // drops the blocks in which nothing is live
   void end_step(Step::State* step) noexcept;  // frees what the step reserved and lets its sequences go
 };
 

@@ -34,7 +34,9 @@ struct SideRows {  // keys or values of the new tokens
   bool is_key;
 };
 SideRows key_rows(const StepData& data) { return {data.keys, data.key_token_stride, data.key_head_stride, true}; }
-SideRows value_rows(const StepData& data) { return {data.values, data.value_token_stride, data.value_head_stride, false}; }
+SideRows value_rows(const StepData& data) {
+  return {data.values, data.value_token_stride, data.value_head_stride, false};
+}
 
 bool cancelled(const AttendOptions& options) { return options.cancel && *options.cancel; }
 
@@ -53,38 +55,45 @@ couplet_status Step::State::check_layer(int32_t layer, std::span<const StepData>
                                         couplet_report* report) const {
   Where const where = {.layer = layer};
   if (layer < 0 || layer >= static_cast<int32_t>(layer_done.size())) {
-    return fail(report, COUPLET_INVALID_ARGUMENT, where, "Expected 0 to %zu for `layer` but received %d", layer_done.size() - 1, layer);
+    return fail(report, COUPLET_INVALID_ARGUMENT, where, "Expected 0 to %zu for `layer` but received %d",
+                layer_done.size() - 1, layer);
   }
   if (layer_done[static_cast<size_t>(layer)]) {
-    return fail(report, COUPLET_INVALID_ARGUMENT, where, "Expected each layer once in a step but received layer %d again", layer);
+    return fail(report, COUPLET_INVALID_ARGUMENT, where,
+                "Expected each layer once in a step but received layer %d again", layer);
   }
   if (data.size() != rows.size()) {
-    return fail(report, COUPLET_INVALID_ARGUMENT, where, "Expected one entry for each of the step's %zu sequences but received %zu",
-                rows.size(), data.size());
+    return fail(report, COUPLET_INVALID_ARGUMENT, where,
+                "Expected one entry for each of the step's %zu sequences but received %zu", rows.size(), data.size());
   }
   for (size_t row = 0; row < rows.size(); ++row) {
     if (rows[row].row.tokens == 0) continue;
     if (!data[row].keys || !data[row].values) {
-      return fail(report, COUPLET_INVALID_ARGUMENT, where, "Expected keys and values for row %zu of the step but received none", row);
+      return fail(report, COUPLET_INVALID_ARGUMENT, where,
+                  "Expected keys and values for row %zu of the step but received none", row);
     }
     if (!data[row].queries != !data[row].outputs) {
-      return fail(report, COUPLET_INVALID_ARGUMENT, where, "Expected queries and outputs together for row %zu of the step but received one of them", row);
+      return fail(report, COUPLET_INVALID_ARGUMENT, where,
+                  "Expected queries and outputs together for row %zu of the step but received one of them", row);
     }
   }
   return cancelled(options) ? fail_cancelled(layer, report) : COUPLET_OK;
 }
 
-couplet_status Step::attend(int32_t layer, std::span<const StepData> data, const AttendOptions& options, couplet_report* report) {
+couplet_status Step::attend(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
+                            couplet_report* report) {
   Cache::State& cache = *state_->cache->state_;
   {
     std::lock_guard const lock(cache.mutex);
     switch (state_->phase) {
       case StepPhase::closed:
-        return fail(report, COUPLET_DISPOSED, {.layer = layer}, "The step has been committed or aborted; begin another one");
+        return fail(report, COUPLET_DISPOSED, {.layer = layer},
+                    "The step has been committed or aborted; begin another one");
       case StepPhase::running:
         return fail(report, COUPLET_BUSY, {.layer = layer}, "The step is computing another layer; await that first");
       case StepPhase::failed:
-        return fail(report, COUPLET_INVALID_ARGUMENT, {.layer = layer}, "A layer of the step has failed; abort the step");
+        return fail(report, COUPLET_INVALID_ARGUMENT, {.layer = layer},
+                    "A layer of the step has failed; abort the step");
       case StepPhase::open: break;
     }
     couplet_status const status = state_->check_layer(layer, data, options, report);
@@ -128,7 +137,8 @@ couplet_status Step::State::copy_shared(const StepRowState& row, int32_t layer, 
   if (row.codes.original) {
     const CodeLayout& layout = owner.code_layout;
     int64_t const begin = layout.key_offsets[static_cast<size_t>(layer)];
-    int64_t const end = layout.value_offsets[static_cast<size_t>(layer)] + owner.config.kv_heads * layout.value_page_stride;
+    int64_t const end =
+        layout.value_offsets[static_cast<size_t>(layer)] + owner.config.kv_heads * layout.value_page_stride;
     couplet_status const status = copy(row.codes.blocks.front()->memory() + begin, row.codes.original->memory() + begin,
                                        static_cast<size_t>(end - begin), nullptr, report);
     if (status != COUPLET_OK) return status;
@@ -146,7 +156,8 @@ couplet_status Step::State::copy_shared(const StepRowState& row, int32_t layer, 
 
 // New tokens that are sinks or still in the window after the step go into their raw blocks. This loop and first_not_finite
 // are the only places of the cache that touch floats; raw blocks outside of host memory need an entry of the backend here.
-couplet_status Step::State::store_raw(const StepRowState& row, int32_t layer, const StepData& data, couplet_report* report) {
+couplet_status Step::State::store_raw(const StepRowState& row, int32_t layer, const StepData& data,
+                                      couplet_report* report) {
   const Cache::State& owner = *cache->state_;
   const RawLayout& layout = owner.raw_layout;
   int32_t const head_dim = layout.head_dim;
@@ -167,10 +178,11 @@ couplet_status Step::State::store_raw(const StepRowState& row, int32_t layer, co
         if (!is_finite(given, head_dim)) {
           return fail(report, COUPLET_NOT_FINITE,
                       {.layer = layer, .kv_head = head, .token = token, .channel = first_not_finite(given, head_dim)},
-                      "Expected finite %s but received a NaN or an infinity in layer %d, kv head %d, token %lld", side.is_key ? "keys" : "values", layer, head,
-                      static_cast<long long>(token));
+                      "Expected finite %s but received a NaN or an infinity in layer %d, kv head %d, token %lld",
+                      side.is_key ? "keys" : "values", layer, head, static_cast<long long>(token));
         }
-        std::memcpy(stored + head * layout.head_stride(block) + slot * head_dim, given, static_cast<size_t>(head_dim) * sizeof(float));
+        std::memcpy(stored + head * layout.head_stride(block) + slot * head_dim, given,
+                    static_cast<size_t>(head_dim) * sizeof(float));
       }
     }
   }
@@ -178,7 +190,8 @@ couplet_status Step::State::store_raw(const StepRowState& row, int32_t layer, co
 }
 
 // Tokens [old_coded_end, new_coded_end): those the sequence holds raw come from their blocks, the others straight from the input.
-couplet_status Step::State::encode_leaving(const StepRowState& row, int32_t layer, const StepData& data, couplet_report* report) {
+couplet_status Step::State::encode_leaving(const StepRowState& row, int32_t layer, const StepData& data,
+                                           couplet_report* report) {
   const Cache::State& owner = *cache->state_;
   const RawLayout& layout = owner.raw_layout;
   int64_t token = row.old_coded_end;
@@ -203,8 +216,8 @@ couplet_status Step::State::encode_leaving(const StepRowState& row, int32_t laye
   return encode_run(row, layer, rest, token, row.new_coded_end - token, report);
 }
 
-couplet_status Step::State::encode_run(const StepRowState& row, int32_t layer, const StepData& data, int64_t first_token,
-                                       int64_t tokens, couplet_report* report) {
+couplet_status Step::State::encode_run(const StepRowState& row, int32_t layer, const StepData& data,
+                                       int64_t first_token, int64_t tokens, couplet_report* report) {
   const Cache::State& owner = *cache->state_;
   const couplet_encode_entries& encode = owner.backend->encode;
   const CodeLayout& layout = owner.code_layout;
@@ -274,8 +287,8 @@ void Step::State::gather_dense(const StepRowState& row, const StepData& data, in
 // Queries [begin, end) of positions. With Prefill::coded a query reads codes up to where its own window begins, but never
 // fewer than the sequence had before: after a truncate tokens are coded that its window would want raw. The backend's
 // rule min(coded_end, t - window + 1) has no such floor, so the first queries go as a sequence of their own.
-void Step::State::gather_queries(const StepRowState& row, const StepData& data, int64_t begin, int64_t end, size_t dense_offset,
-                                 size_t dense_count) {
+void Step::State::gather_queries(const StepRowState& row, const StepData& data, int64_t begin, int64_t end,
+                                 size_t dense_offset, size_t dense_count) {
   const CacheConfig& config = cache->config();
   auto const append = [&](int64_t first, int64_t last, int64_t coded_end, int32_t window) {
     if (first >= last) return;
@@ -305,11 +318,36 @@ void Step::State::gather_queries(const StepRowState& row, const StepData& data, 
   append(own_window, end, row.new_coded_end, config.window);
 }
 
-couplet_status Step::State::attend_rows(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
-                                        couplet_report* report) {
+couplet_attend_params Step::State::attend_params(int32_t layer, const AttendOptions& options) const {
   const Cache::State& owner = *cache->state_;
   const CacheConfig& config = owner.config;
-  const couplet_attend_entries& attend = owner.backend->attend;
+  couplet_attend_params params = {};
+  params.rotary = options.rotary;
+  params.head_sinks = options.head_sinks;
+  params.query_heads = config.query_heads;
+  params.kv_heads = config.kv_heads;
+  params.head_dim = config.head_dim;
+  params.page_tokens = config.page_tokens;
+  params.local_window = options.local_window;
+  params.scale = options.scale != 0 ? options.scale : 1 / std::sqrt(static_cast<float>(config.head_dim));
+  params.softcap = options.softcap;
+  params.threads = config.threads;
+  if (!codebook) return params;
+  const CodeLayout& layout = owner.code_layout;
+  params.key_table = codebook->layer(layer).key;
+  params.value_table = codebook->layer(layer).value;
+  params.key_page_offset = layout.key_offsets[static_cast<size_t>(layer)];
+  params.key_page_stride = layout.key_page_stride;
+  params.value_page_offset = layout.value_offsets[static_cast<size_t>(layer)];
+  params.value_page_stride = layout.value_page_stride;
+  params.key_codec = codebook->shape().key_codec;
+  params.value_codec = codebook->shape().value_codec;
+  return params;
+}
+
+couplet_status Step::State::attend_rows(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
+                                        couplet_report* report) {
+  const couplet_attend_entries& attend = cache->backend()->attend;
   int64_t most_queries = 0;
   std::vector<size_t> dense_offsets;
   dense.clear();
@@ -321,37 +359,16 @@ couplet_status Step::State::attend_rows(int32_t layer, std::span<const StepData>
   }
   dense_offsets.push_back(dense.size());
 
-  couplet_attend_params params = {
-      .rotary = options.rotary,
-      .head_sinks = options.head_sinks,
-      .query_heads = config.query_heads,
-      .kv_heads = config.kv_heads,
-      .head_dim = config.head_dim,
-      .page_tokens = config.page_tokens,
-      .local_window = options.local_window,
-      .scale = options.scale != 0 ? options.scale : 1 / std::sqrt(static_cast<float>(config.head_dim)),
-      .softcap = options.softcap,
-      .threads = config.threads,
-  };
-  if (codebook) {
-    const CodeLayout& layout = owner.code_layout;
-    params.key_table = codebook->layer(layer).key;
-    params.value_table = codebook->layer(layer).value;
-    params.key_page_offset = layout.key_offsets[static_cast<size_t>(layer)];
-    params.key_page_stride = layout.key_page_stride;
-    params.value_page_offset = layout.value_offsets[static_cast<size_t>(layer)];
-    params.value_page_stride = layout.value_page_stride;
-    params.key_codec = codebook->shape().key_codec;
-    params.value_codec = codebook->shape().value_codec;
-  }
+  couplet_attend_params params = attend_params(layer, options);
   for (int64_t slice = 0; slice < most_queries; slice += query_slice) {
     if (cancelled(options)) return fail_cancelled(layer, report);
     sequences.clear();
     for (size_t index = 0; index < rows.size(); ++index) {
       const StepRowState& row = rows[index];
       if (!data[index].queries || slice >= row.row.tokens) continue;
-      gather_queries(row, data[index], row.old_length + slice, std::min(row.new_length, row.old_length + slice + query_slice),
-                     dense_offsets[index], dense_offsets[index + 1] - dense_offsets[index]);
+      gather_queries(row, data[index], row.old_length + slice,
+                     std::min(row.new_length, row.old_length + slice + query_slice), dense_offsets[index],
+                     dense_offsets[index + 1] - dense_offsets[index]);
     }
     params.sequences = sequences.data();
     params.sequence_count = static_cast<int32_t>(sequences.size());

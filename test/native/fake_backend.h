@@ -1,0 +1,217 @@
+// A backend in plain double precision that trusts nobody: it follows the sentences of native/abi word by word, counts what is
+// allocated, and checks what the cache asks of it. Independent of native/cpu.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../../native/abi/backend.h"
+#include "../../native/common/report.h"
+#include "check.h"
+
+namespace couplet::test {
+
+inline std::atomic<int64_t> allocated_bytes{0};
+inline std::atomic<int64_t> allocations_left{INT64_MAX};  // the allocation after these fails
+inline std::atomic<int64_t> encoded_tokens{0};
+
+struct FakeTable {
+  couplet_codec codec;
+  int32_t kv_heads, head_dim;
+  std::vector<float> centroids;  // [kv_heads][groups][2^code_bits][group_channels]
+
+  const float* centroid(int32_t head, int32_t group, int32_t code) const {
+    int64_t const groups = couplet_codec_groups(codec, head_dim);
+    return centroids.data() + ((head * groups + group) * couplet_codec_centroids(codec) + code) *
+                                  static_cast<int64_t>(codec.group_channels);
+  }
+  int32_t nearest(int32_t head, int32_t group, const float* row) const {
+    int32_t best = 0;
+    double best_distance = std::numeric_limits<double>::infinity();
+    for (int32_t code = 0; code < couplet_codec_centroids(codec); ++code) {
+      double distance = 0;
+      for (int32_t channel = 0; channel < codec.group_channels; ++channel) {
+        double const difference = double{row[channel]} - centroid(head, group, code)[channel];
+        distance += difference * difference;
+      }
+      if (distance < best_distance) best = code, best_distance = distance;
+    }
+    return best;
+  }
+};
+
+inline const FakeTable* fake_table(const couplet_table* table) { return reinterpret_cast<const FakeTable*>(table); }
+
+struct Bits {  // code of slot s of one group's row
+  static int32_t read(const uint8_t* row, int64_t slot, int32_t bits) {
+    int32_t code = 0;
+    for (int32_t i = 0; i < bits; ++i) {
+      int64_t const bit = slot * bits + i;
+      code |= ((row[bit / 8] >> (bit % 8)) & 1) << i;
+    }
+    return code;
+  }
+  static void write(uint8_t* row, int64_t slot, int32_t bits, int32_t code) {
+    for (int32_t i = 0; i < bits; ++i) {
+      int64_t const bit = slot * bits + i;
+      uint8_t const mask = static_cast<uint8_t>(1u << (bit % 8));
+      row[bit / 8] = static_cast<uint8_t>((code >> i) & 1 ? row[bit / 8] | mask : row[bit / 8] & ~mask);
+    }
+  }
+};
+
+inline void* fake_allocate(size_t bytes) {
+  if (allocations_left.fetch_sub(1) <= 0) return nullptr;
+  void* const memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  std::memset(memory, 0xa5, bytes);  // nobody may rely on cleared memory
+  allocated_bytes += static_cast<int64_t>(bytes);
+  return memory;
+}
+
+inline void fake_release(void* memory, size_t bytes) {
+  std::memset(memory, 0xdd, bytes);
+  allocated_bytes -= static_cast<int64_t>(bytes);
+  std::free(memory);
+}
+
+inline couplet_status fake_copy(void* to, const void* from, size_t bytes, void*, couplet_report*) {
+  std::memcpy(to, from, bytes);
+  return COUPLET_OK;
+}
+
+inline couplet_status fake_create_table(const couplet_table_params* params, couplet_table** out, couplet_report*) {
+  size_t const floats = static_cast<size_t>(params->kv_heads) * static_cast<size_t>(params->head_dim) *
+                        static_cast<size_t>(couplet_codec_centroids(params->codec));
+  auto* const table = new FakeTable{params->codec, params->kv_heads, params->head_dim,
+                                    std::vector<float>(params->centroids, params->centroids + floats)};
+  *out = reinterpret_cast<couplet_table*>(table);
+  return COUPLET_OK;
+}
+
+inline couplet_status fake_encode(const couplet_encode_params* p, void*, void*, couplet_report* report) {
+  const FakeTable* const table = fake_table(p->table);
+  int32_t const group_channels = p->codec.group_channels;
+  for (int32_t i = 0; i < p->tokens; ++i) {
+    int64_t const token = p->first_token + i;
+    for (int32_t head = 0; head < p->kv_heads; ++head) {
+      const float* const row = static_cast<const float*>(p->rows) + i * p->token_stride + head * p->head_stride;
+      uint8_t* const page = p->pages[token / p->page_tokens] + p->page_offset + head * p->page_stride;
+      for (int32_t channel = 0; channel < p->head_dim; ++channel) {
+        if (std::isfinite(row[channel])) continue;
+        return fail(report, COUPLET_NOT_FINITE, {.kv_head = head, .token = token, .channel = channel}, "Not finite");
+      }
+      for (int32_t group = 0; group < couplet_codec_groups(p->codec, p->head_dim); ++group) {
+        Bits::write(page + group * couplet_row_bytes(p->codec, p->page_tokens), token % p->page_tokens,
+                    p->codec.code_bits, table->nearest(head, group, row + group * group_channels));
+      }
+    }
+  }
+  encoded_tokens += p->tokens;
+  return COUPLET_OK;
+}
+
+// One row of a token as a query of this sequence reads it; false when nothing holds it.
+inline bool fake_read(const couplet_attend_params& p, const couplet_attend_sequence& sequence, int64_t query,
+                      int64_t token, int32_t head, bool is_key, double* out) {
+  if (token >= sequence.coded_begin && token < sequence.coded_end && token < query - sequence.window + 1) {
+    const FakeTable* const table = fake_table(is_key ? p.key_table : p.value_table);
+    couplet_codec const codec = table->codec;
+    const uint8_t* const page =
+        sequence.pages[token / p.page_tokens] +
+        (is_key ? p.key_page_offset + head * p.key_page_stride : p.value_page_offset + head * p.value_page_stride);
+    for (int32_t channel = 0; channel < p.head_dim; ++channel) {
+      int32_t const group = channel / codec.group_channels;
+      int32_t const code =
+          Bits::read(page + group * couplet_row_bytes(codec, p.page_tokens), token % p.page_tokens, codec.code_bits);
+      out[channel] = table->centroid(head, group, code)[channel % codec.group_channels];
+    }
+    return true;
+  }
+  for (int32_t run = 0; run < sequence.dense_count; ++run) {
+    const couplet_dense_rows& dense = sequence.dense[run];
+    int64_t const i = token - dense.first_token;
+    if (i < 0 || i >= dense.tokens) continue;
+    const float* const row = is_key ? dense.keys + i * dense.key_token_stride + head * dense.key_head_stride
+                                    : dense.values + i * dense.value_token_stride + head * dense.value_head_stride;
+    for (int32_t channel = 0; channel < p.head_dim; ++channel) out[channel] = row[channel];
+    return true;
+  }
+  return false;
+}
+
+inline couplet_status fake_attend(const couplet_attend_params* p, void*, void*, couplet_report*) {
+  std::vector<double> row(static_cast<size_t>(p->head_dim)), sum(row.size()), logits;
+  for (int32_t s = 0; s < p->sequence_count; ++s) {
+    const couplet_attend_sequence& sequence = p->sequences[s];
+    int64_t covered = 0;
+    for (int32_t run = 0; run < sequence.dense_count; ++run) {
+      CHECK(sequence.dense[run].first_token >= covered && sequence.dense[run].tokens > 0, "dense runs ascend");
+      covered = sequence.dense[run].first_token + sequence.dense[run].tokens;
+    }
+    for (int32_t i = 0; i < sequence.query_tokens; ++i) {
+      int64_t const query = sequence.first_query + i;
+      for (int32_t query_head = 0; query_head < p->query_heads; ++query_head) {
+        int32_t const head = query_head / (p->query_heads / p->kv_heads);
+        const float* const q =
+            sequence.queries + i * sequence.query_token_stride + query_head * sequence.query_head_stride;
+        float* const out =
+            sequence.outputs + i * sequence.output_token_stride + query_head * sequence.output_head_stride;
+        int64_t const first = p->local_window ? std::max<int64_t>(0, query - p->local_window + 1) : 0;
+        logits.clear();
+        double largest = -std::numeric_limits<double>::infinity(), total = 0;
+        for (int64_t token = first; token <= query; ++token) {
+          if (!CHECK(fake_read(*p, sequence, query, token, head, true, row.data()), "nothing holds token %lld",
+                     static_cast<long long>(token))) {
+            return COUPLET_INTERNAL;
+          }
+          double dot = 0;
+          for (int32_t channel = 0; channel < p->head_dim; ++channel)
+            dot += row[static_cast<size_t>(channel)] * q[channel];
+          logits.push_back(dot * p->scale);
+          largest = std::max(largest, logits.back());
+        }
+        std::fill(sum.begin(), sum.end(), 0);
+        for (int64_t token = first; token <= query; ++token) {
+          double const weight = std::exp(logits[static_cast<size_t>(token - first)] - largest);
+          total += weight;
+          fake_read(*p, sequence, query, token, head, false, row.data());
+          for (size_t channel = 0; channel < row.size(); ++channel) sum[channel] += weight * row[channel];
+        }
+        for (size_t channel = 0; channel < row.size(); ++channel)
+          out[channel] = static_cast<float>(sum[channel] / total);
+      }
+    }
+  }
+  return COUPLET_OK;
+}
+
+inline const couplet_backend* fake_backend() {
+  static couplet_backend const fake = [] {
+    couplet_backend backend = {};
+    backend.abi_version = COUPLET_ABI_VERSION;
+    backend.layout_version = COUPLET_LAYOUT_VERSION;
+    backend.struct_bytes = sizeof(couplet_backend);
+    backend.name = "fake";
+    backend.memory = {.allocate = fake_allocate, .release = fake_release, .copy = fake_copy};
+    backend.table = {
+        .create = fake_create_table,
+        .destroy = [](couplet_table* table) { delete reinterpret_cast<FakeTable*>(table); },
+        .bytes = [](const couplet_table* table) { return fake_table(table)->centroids.size() * sizeof(float); }};
+    backend.encode = {.check = [](const couplet_encode_params*, couplet_report*) { return COUPLET_OK; },
+                      .workspace = [](const couplet_encode_params*) -> size_t { return 64; },
+                      .run = fake_encode,
+                      .describe = nullptr};
+    backend.attend = {.check = [](const couplet_attend_params*, couplet_report*) { return COUPLET_OK; },
+                      .workspace = [](const couplet_attend_params*) -> size_t { return 1024; },
+                      .run = fake_attend,
+                      .describe = nullptr};
+    return backend;
+  }();
+  return &fake;
+}
+
+}  // namespace couplet::test

@@ -44,6 +44,13 @@ couplet_status fail_cancelled(int32_t layer, couplet_report* report) {
   return fail(report, COUPLET_CANCELLED, {.layer = layer}, "The attention of layer %d was cancelled", layer);
 }
 
+couplet_status fail_not_finite(int32_t layer, int32_t kv_head, int64_t token, int32_t channel, bool in_keys,
+                               couplet_report* report) {
+  return fail(report, COUPLET_NOT_FINITE, {.layer = layer, .kv_head = kv_head, .token = token, .channel = channel},
+              "Expected finite %s but received a NaN or an infinity in layer %d, kv head %d, token %lld, channel %d",
+              in_keys ? "keys" : "values", layer, kv_head, static_cast<long long>(token), channel);
+}
+
 couplet_status with_layer(couplet_status status, int32_t layer, couplet_report* report) {
   if (status != COUPLET_OK && report) report->layer = layer;
   return status;
@@ -176,10 +183,7 @@ couplet_status Step::State::store_raw(const StepRowState& row, int32_t layer, co
       for (int32_t head = 0; head < layout.kv_heads; ++head) {
         const float* const given = side.rows + (token - row.old_length) * side.token_stride + head * side.head_stride;
         if (!is_finite(given, head_dim)) {
-          return fail(report, COUPLET_NOT_FINITE,
-                      {.layer = layer, .kv_head = head, .token = token, .channel = first_not_finite(given, head_dim)},
-                      "Expected finite %s but received a NaN or an infinity in layer %d, kv head %d, token %lld",
-                      side.is_key ? "keys" : "values", layer, head, static_cast<long long>(token));
+          return fail_not_finite(layer, head, token, first_not_finite(given, head_dim), side.is_key, report);
         }
         std::memcpy(stored + head * layout.head_stride(block) + slot * head_dim, given,
                     static_cast<size_t>(head_dim) * sizeof(float));
@@ -246,6 +250,9 @@ couplet_status Step::State::encode_run(const StepRowState& row, int32_t layer, c
       return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for %zu bytes of scratch of encode", workspace);
     }
     status = encode.run(&params, scratch.memory(), nullptr, report);
+    if (status == COUPLET_NOT_FINITE && report) {  // its token counts from the first of the call
+      return fail_not_finite(layer, report->kv_head, first_token + report->token, report->channel, side.is_key, report);
+    }
     if (status != COUPLET_OK) return status;
   }
   return COUPLET_OK;

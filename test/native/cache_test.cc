@@ -7,6 +7,7 @@
 #include <string>
 #include <thread>
 
+#include "../../native/dispatch/dispatch.h"
 #include "fake_backend.h"
 
 namespace couplet::test {
@@ -631,6 +632,7 @@ int main() {
     CacheConfig config = small_config(c.sinks, c.window);
     config.page_tokens = c.page_tokens;
     Harness(fake_backend(), config, seed).run(60, 1e-6);
+    Harness(find_backend("cpu", nullptr), config, seed).run(60, 1e-5);
     ++seed;
   }
   test_budget();

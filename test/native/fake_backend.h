@@ -102,7 +102,7 @@ inline couplet_status fake_encode(const couplet_encode_params* p, void*, void*, 
       uint8_t* const page = p->pages[token / p->page_tokens] + p->page_offset + head * p->page_stride;
       for (int32_t channel = 0; channel < p->head_dim; ++channel) {
         if (std::isfinite(row[channel])) continue;
-        return fail(report, COUPLET_NOT_FINITE, {.kv_head = head, .token = token, .channel = channel}, "Not finite");
+        return fail(report, COUPLET_NOT_FINITE, {.kv_head = head, .token = i, .channel = channel}, "Not finite");
       }
       for (int32_t group = 0; group < couplet_codec_groups(p->codec, p->head_dim); ++group) {
         Bits::write(page + group * couplet_row_bytes(p->codec, p->page_tokens), token % p->page_tokens,

@@ -45,11 +45,16 @@ export class CoupletError extends Error {
   }
 
   static override [Symbol.hasInstance](value: unknown): value is CoupletError {
-    return value instanceof Error && 'code' in value && typeof value.code === 'string' && value.code.startsWith('ERR_COUPLET_')
+    return codeOf(value)?.startsWith('ERR_COUPLET_') ?? false
   }
 }
 
 Object.defineProperty(CoupletError.prototype, 'name', { value: 'CoupletError', writable: true, configurable: true })
+
+/** The `code` of a thrown value, if it has one. */
+export function codeOf(error: unknown): string | undefined {
+  return typeof error === 'object' && error !== null && 'code' in error && typeof error.code === 'string' ? error.code : undefined
+}
 
 /** The wrong kind of value. */
 export function typeError(message: string): TypeError & { code: CoupletErrorCode } {
@@ -76,15 +81,25 @@ export function throwExpected(expected: string, name: string, received: unknown)
 /** The Y of that sentence: "the string", "a Float32Array of 12 elements". The addon's describe() says the same. */
 export function describe(value: unknown): string {
   if (typeof value === 'string') return JSON.stringify(value.length > 40 ? `${value.slice(0, 40)}...` : value)
-  if (typeof value === 'bigint' || typeof value === 'symbol' || typeof value === 'function') return `a ${typeof value}`
-  if (typeof value !== 'object') return String(value as number | boolean | undefined)
+  if (typeof value === 'number' || typeof value === 'boolean' || typeof value === 'undefined') return String(value)
+  if (typeof value !== 'object') return `a ${typeof value}`
   if (value === null) return 'null'
   if (Array.isArray(value)) return 'an array'
   if (value instanceof ArrayBuffer) return 'an ArrayBuffer'
   if (!ArrayBuffer.isView(value) || value instanceof DataView) return 'an object'
-  const { length } = value as Float32Array
+  const { length } = value as unknown as { length: number }
   const kind = Object.prototype.toString.call(value).slice(8, -1)
-  return `${/^[AEIOU](?!int)/.test(kind) ? 'an' : 'a'} ${kind} of ${length} element${length === 1 ? '' : 's'}`
+  const extent = isDetached(value.buffer) ? 'whose buffer is detached' : `of ${length} element${length === 1 ? '' : 's'}`
+  return `${kind.startsWith('I') ? 'an' : 'a'} ${kind} ${extent}`
+}
+
+function isDetached(buffer: ArrayBufferLike): boolean {
+  try {
+    new Uint8Array(buffer) // the one test that Node 20 has: ArrayBuffer.prototype.detached is newer
+    return false
+  } catch {
+    return true
+  }
 }
 
 function present(members: ErrorPlace): ErrorPlace {

@@ -1,0 +1,145 @@
+import { extent, requireArray, requireInteger, requireObject, resultArray } from './arguments'
+import { addon } from './native/addon'
+import { abortable, refusePromiseOptions } from './native/call'
+import type { NativeKmeansArguments } from './native/operations'
+
+/** Where the elements of `points` and `weights` lie; every stride counts elements. */
+export interface KmeansLayout {
+  /** From point n of a problem to point n of the next; default points * channels. */
+  problemStride?: number
+  /** From a point to the next; default channels. The channels of a point are neighbours. */
+  pointStride?: number
+  /** From the weights of one problem (of `weightSharing` problems) to the next; default points, or 0 when `weights` has `points` elements. */
+  weightProblemStride?: number
+  /** From the weight of a point to that of the next; default 1. */
+  weightPointStride?: number
+  /** Consecutive problems that read the same weights; default 1. */
+  weightSharing?: number
+}
+
+export interface KmeansProgress {
+  /** Units of work done, of `total`. */
+  done: number
+  total: number
+  /** The problem that reports, and its Lloyd iteration. */
+  problem: number
+  iteration: number
+}
+
+export interface KmeansSyncOptions {
+  /** Independent problems in the batch. */
+  problems: number
+  /** Points of each problem. */
+  points: number
+  /** Channels of each point, 1 to 32. */
+  channels: number
+  /** Centroids of each problem, 1 to 4096. */
+  centroids: number
+  /** Weight of each point, >= 0: float32 [problems][points], or [points] for all problems alike. Default: all 1. */
+  weights?: Float32Array | undefined
+  /** Most Lloyd iterations; default 100. */
+  iterations?: number | undefined
+  /** A problem is done when an iteration lowers its inertia by less than this share; default 1e-6, 0 runs until nothing changes. */
+  tolerance?: number | undefined
+  /** Same seed, same result, whatever the number of threads; default 0. A bigint is taken modulo 2 ** 64. */
+  seed?: number | bigint | undefined
+  /** Threads to use; default 0, all cores. */
+  threads?: number | undefined
+  layout?: KmeansLayout | undefined
+  /** Also return the centroid of every point; default false. */
+  assignments?: boolean | undefined
+  /** Receives the centroids; default a new array. */
+  out?: Float32Array | undefined
+  /** Default 'cpu'. */
+  device?: 'cpu' | 'cuda' | undefined
+}
+
+export interface KmeansOptions extends KmeansSyncOptions {
+  /** Rejects with its reason, at most 100 ms after it fires. */
+  signal?: AbortSignal | undefined
+  /** Called at most every 50 ms, and when all is done. What it throws stops the call and rejects it. */
+  onProgress?: ((progress: KmeansProgress) => void) | undefined
+}
+
+export interface KmeansResult {
+  /** float32 [problems][centroids][channels] */
+  centroids: Float32Array
+  /** float64 [problems]: sum over the points of weight * squared distance to the nearest centroid. */
+  inertia: Float64Array
+  /** int32 [problems]: Lloyd iterations run. */
+  iterations: Int32Array
+  /** int32 [problems][points]: index of the nearest centroid of each point. */
+  assignments?: Int32Array
+}
+
+/**
+ * Weighted k-means of many independent problems at once: k-means++ seeding (probability ~ weight * distance squared), then Lloyd.
+ * Weights enter only the seeding and the means. `points` is read in place while the promise is pending: do not change it, and
+ * do not transfer its buffer, before then. docs/algorithm.md has the details (empty clusters, equal points, zero weights).
+ *
+ * @param points float32 [problems][points][channels], or as `layout` says
+ * @throws {RangeError} `ERR_COUPLET_NOT_FINITE` for a NaN or an infinity in points or weights
+ * @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT`
+ */
+export async function kmeans(points: Float32Array, options: KmeansOptions): Promise<KmeansResult> {
+  const call = prepare(points, options)
+  const { onProgress } = options
+  await abortable(options.signal, (cancel) =>
+    addon().kmeans({
+      ...call,
+      cancel,
+      onProgress: onProgress && ((done, total, problem, iteration) => onProgress({ done, total, problem, iteration })),
+    }),
+  )
+  return resultOf(call)
+}
+
+/** {@link kmeans} on the calling thread (and its helpers): blocks until it is done. */
+export function kmeansSync(points: Float32Array, options: KmeansSyncOptions): KmeansResult {
+  const call = prepare(points, options)
+  refusePromiseOptions(options)
+  addon().kmeansSync(call)
+  return resultOf(call)
+}
+
+function prepare(values: Float32Array, options: KmeansSyncOptions): NativeKmeansArguments {
+  requireObject(options, 'options')
+  const { problems, points, channels, centroids, weights, iterations = 100, tolerance = 1e-6, seed = 0, threads, layout = {}, device } = options
+  requireInteger(problems, 'problems', 1)
+  requireInteger(points, 'points', 0)
+  requireInteger(channels, 'channels', 1, 32)
+  requireInteger(centroids, 'centroids', 1, 4096)
+  requireObject(layout, 'layout')
+  const { problemStride = points * channels, pointStride = channels, weightPointStride = 1, weightSharing = 1 } = layout
+  requireInteger(problemStride, 'problemStride', 0, Number.MAX_SAFE_INTEGER)
+  requireInteger(pointStride, 'pointStride', 0, Number.MAX_SAFE_INTEGER)
+  const channelAxis = { count: channels, stride: 1 }
+  requireArray(values, 'points', Float32Array, extent({ count: problems, stride: problemStride }, { count: points, stride: pointStride }, channelAxis))
+  const weightProblemStride = layout.weightProblemStride ?? (weights?.length === points ? 0 : points)
+  return {
+    problems,
+    points,
+    channels,
+    centroids,
+    values,
+    problemStride,
+    pointStride,
+    weights,
+    weightProblemStride,
+    weightPointStride,
+    weightSharing,
+    iterations,
+    tolerance,
+    seed,
+    threads,
+    device,
+    centroidValues: resultArray(options.out, Float32Array, problems * centroids * channels),
+    inertia: resultArray(undefined, Float64Array, problems),
+    iterationCounts: resultArray(undefined, Int32Array, problems),
+    assignments: options.assignments === true ? resultArray(undefined, Int32Array, problems * points) : undefined,
+  }
+}
+
+function resultOf({ centroidValues, inertia, iterationCounts, assignments }: NativeKmeansArguments): KmeansResult {
+  return { centroids: centroidValues, inertia, iterations: iterationCounts, ...(assignments && { assignments }) }
+}

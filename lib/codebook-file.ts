@@ -1,0 +1,227 @@
+/**
+ * A codebook as a safetensors file: tensors `layers.<i>.key` and `layers.<i>.value` of shape
+ * [kvHeads, groups, centroids, groupChannels], and the rest as JSON under `couplet` in its string map.
+ */
+import { randomBytes } from 'node:crypto'
+import { closeSync, constants, fstatSync, fsyncSync, openSync, readSync, renameSync, rmSync, writeSync } from 'node:fs'
+import type { FileHandle } from 'node:fs/promises'
+import { open, rename, rm } from 'node:fs/promises'
+import { basename, dirname, join } from 'node:path'
+
+import type { Codec } from './codec'
+import type { CodebookMetadata, CodebookShape } from './codebook-metadata'
+import { readMetadata, writeMetadata } from './codebook-metadata'
+import { codeOf, rangeError } from './errors'
+import { float16FromFloat32, float32FromFloat16 } from './float16'
+import { parseJson } from './json'
+import type { Header, TensorType } from './safetensors'
+import { headerBytes, invalid, lengthBytes, parseHeader, writeHeader } from './safetensors'
+
+export interface CodebookContents {
+  shape: CodebookShape
+  metadata: CodebookMetadata
+  /** One per layer: float32 [kvHeads][groups][centroids][groupChannels]. */
+  keyTables: Float32Array[]
+  valueTables: Float32Array[]
+}
+
+/** Elements of the table of one layer and side. */
+export function tableElements({ kvHeads, headDim }: CodebookShape, { centroids }: Codec): number {
+  return kvHeads * headDim * centroids
+}
+
+// ---- reading ----
+
+/** Opening a pipe must not wait for somebody to write into it; what is not a file is refused right after. */
+const readFlags = constants.O_RDONLY | constants.O_NONBLOCK
+
+/** Asks its driver to fill `into` from byte `offset` of the file on; the driver decides whether that blocks. */
+type Reads = Generator<{ offset: number; into: Uint8Array }, CodebookContents, void>
+
+function* contents(fileBytes: number): Reads {
+  const length = new Uint8Array(Math.min(lengthBytes, fileBytes))
+  yield { offset: 0, into: length }
+  const headerText = new Uint8Array(headerBytes(length, fileBytes))
+  yield { offset: lengthBytes, into: headerText }
+  const header = parseHeader(headerText, fileBytes)
+  const { shape, metadata } = described(header)
+  if (header.tensors.size !== 2 * shape.layers) throw invalid(`it has ${header.tensors.size} tensors for ${shape.layers} layers`)
+  const keyTables: Float32Array[] = []
+  const valueTables: Float32Array[] = []
+  for (let layer = 0; layer < shape.layers; layer++) {
+    keyTables.push(yield* table(header, `layers.${layer}.key`, shape, shape.keyCodec))
+    valueTables.push(yield* table(header, `layers.${layer}.value`, shape, shape.valueCodec))
+  }
+  return { shape, metadata, keyTables, valueTables }
+}
+
+function described({ metadata }: Header): ReturnType<typeof readMetadata> {
+  const text = metadata.get('couplet')
+  if (text === undefined) throw invalid('its __metadata__ has no "couplet"')
+  try {
+    return readMetadata(parseJson(text))
+  } catch (cause) {
+    if (codeOf(cause) === 'ERR_COUPLET_CODEBOOK_MISMATCH') throw cause
+    throw invalid((cause as Error).message, cause)
+  }
+}
+
+function* table(header: Header, name: string, shape: CodebookShape, codec: Codec): Generator<{ offset: number; into: Uint8Array }, Float32Array, void> {
+  const tensor = header.tensors.get(name)
+  if (tensor === undefined) throw invalid(`it has no tensor "${name}"`)
+  const expected = tableShape(shape, codec)
+  if (tensor.shape.join() !== expected.join()) throw invalid(`tensor "${name}" has shape [${tensor.shape.join(', ')}], not [${expected.join(', ')}]`)
+  if (tensor.dtype !== 'F16' && tensor.dtype !== 'F32') throw invalid(`tensor "${name}" has dtype ${tensor.dtype}, not F16 or F32`)
+  const elements = tableElements(shape, codec)
+  const raw = tensor.dtype === 'F16' ? new Uint16Array(elements) : new Float32Array(elements)
+  yield { offset: header.dataOffset + tensor.begin, into: new Uint8Array(raw.buffer) }
+  const values = raw instanceof Uint16Array ? float32FromFloat16(raw) : raw
+  if (!values.every(Number.isFinite)) throw invalid(`tensor "${name}" has a NaN or an infinity`)
+  return values
+}
+
+function tableShape({ kvHeads, headDim }: CodebookShape, { groupChannels, centroids }: Codec): number[] {
+  return [kvHeads, headDim / groupChannels, centroids, groupChannels]
+}
+
+export function readBuffer(data: Uint8Array): CodebookContents {
+  const reads = contents(data.length)
+  let step = reads.next()
+  while (!step.done) {
+    const { offset, into } = step.value
+    into.set(data.subarray(offset, offset + into.length))
+    step = reads.next()
+  }
+  return step.value
+}
+
+export function readFileSync(path: string): CodebookContents {
+  const file = openSync(path, readFlags)
+  try {
+    const stat = fstatSync(file)
+    if (!stat.isFile()) throw invalid(`${path} is not a file`)
+    const reads = contents(stat.size)
+    let step = reads.next()
+    while (!step.done) {
+      const { offset, into } = step.value
+      for (let filled = 0; filled < into.length; ) filled += some(readSync(file, into, filled, into.length - filled, offset + filled))
+      step = reads.next()
+    }
+    return step.value
+  } finally {
+    closeSync(file)
+  }
+}
+
+export async function readFile(path: string, signal?: AbortSignal): Promise<CodebookContents> {
+  const file = await open(path, readFlags)
+  try {
+    const stat = await file.stat()
+    if (!stat.isFile()) throw invalid(`${path} is not a file`)
+    const reads = contents(stat.size)
+    let step = reads.next()
+    while (!step.done) {
+      signal?.throwIfAborted()
+      const { offset, into } = step.value
+      for (let filled = 0; filled < into.length; ) filled += some((await file.read(into, filled, into.length - filled, offset + filled)).bytesRead)
+      step = reads.next()
+    }
+    return step.value
+  } finally {
+    await file.close()
+  }
+}
+
+function some(bytesRead: number): number {
+  if (bytesRead === 0) throw invalid('the file became shorter while it was read')
+  return bytesRead
+}
+
+// ---- writing ----
+
+/** The bytes of the file, in order; a chunk is at most a table. */
+function* chunks({ shape, metadata, keyTables, valueTables }: CodebookContents, dtype: TensorType): Generator<Uint8Array, void, void> {
+  const tensors = keyTables.flatMap((_, layer) => [
+    { name: `layers.${layer}.key`, dtype, shape: tableShape(shape, shape.keyCodec) },
+    { name: `layers.${layer}.value`, dtype, shape: tableShape(shape, shape.valueCodec) },
+  ])
+  yield writeHeader(tensors, { format: 'couplet.codebook', couplet: writeMetadata(shape, metadata) })
+  for (const [layer, keys] of keyTables.entries()) {
+    yield tableBytes(keys, dtype, layer)
+    yield tableBytes(valueTables[layer] ?? keys, dtype, layer)
+  }
+}
+
+function tableBytes(values: Float32Array, dtype: TensorType, layer: number): Uint8Array {
+  if (dtype === 'F32') return new Uint8Array(values.buffer, values.byteOffset, values.byteLength)
+  const bits = float16FromFloat32(values)
+  if (bits.some((half) => (half & 0x7c00) === 0x7c00))
+    throw rangeError(`Expected "F32" for \`dtype\` (a centroid of layer ${layer} is beyond what F16 can hold) but received "F16"`)
+  return new Uint8Array(bits.buffer)
+}
+
+export function writeBuffer(codebook: CodebookContents, dtype: TensorType): Uint8Array {
+  const parts = [...chunks(codebook, dtype)]
+  // Not Buffer.concat: a Buffer may lie in Node's shared pool, and its slice() does not copy.
+  const file = new Uint8Array(parts.reduce((bytes, part) => bytes + part.length, 0))
+  let offset = 0
+  for (const part of parts) {
+    file.set(part, offset)
+    offset += part.length
+  }
+  return file
+}
+
+/** Under another name first, so that whoever opens `path` sees the old file or the new one, and a crash leaves the old. */
+export function writeFileSync(path: string, codebook: CodebookContents, dtype: TensorType): void {
+  const partial = partialPath(path)
+  const file = openSync(partial, 'wx')
+  try {
+    try {
+      for (const chunk of chunks(codebook, dtype)) for (let done = 0; done < chunk.length; ) done += writeSync(file, chunk, done)
+      fsyncSync(file)
+    } finally {
+      closeSync(file)
+    }
+    renameSync(partial, path)
+  } catch (error) {
+    rmSync(partial, { force: true })
+    throw error
+  }
+  const folder = openSync(dirname(path), 'r')
+  try {
+    fsyncSync(folder) // the new name is on the disk as well
+  } finally {
+    closeSync(folder)
+  }
+}
+
+/** {@link writeFileSync} without blocking. */
+export async function writeFile(path: string, codebook: CodebookContents, dtype: TensorType): Promise<void> {
+  const partial = partialPath(path)
+  const file = await open(partial, 'wx')
+  try {
+    await closing(file, async () => {
+      for (const chunk of chunks(codebook, dtype)) await file.writeFile(chunk)
+      await file.sync()
+    })
+    await rename(partial, path)
+  } catch (error) {
+    await rm(partial, { force: true })
+    throw error
+  }
+  const folder = await open(dirname(path), 'r')
+  await closing(folder, () => folder.sync())
+}
+
+async function closing(file: FileHandle, use: () => Promise<void>): Promise<void> {
+  try {
+    await use()
+  } finally {
+    await file.close()
+  }
+}
+
+function partialPath(path: string): string {
+  return join(dirname(path), `.${basename(path)}.${process.pid}.${randomBytes(6).toString('hex')}.partial`)
+}

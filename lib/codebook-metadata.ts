@@ -1,0 +1,149 @@
+/** The JSON that travels in a codebook file, and its checks: the same for files and for what a program hands over. */
+import type { Codec } from './codec'
+import { codec } from './codec'
+import { CoupletError, rangeError, throwExpected } from './errors'
+import type { Json } from './json'
+
+/** The one version of the file that this couplet reads and writes. */
+export const formatVersion = 1
+
+/** How the model rotates queries and keys. Keys are coded before the rotation. */
+export interface RotarySpec {
+  /** half: channel i pairs with i + dim / 2 (Llama, Qwen). interleaved: 2i pairs with 2i + 1 (GPT-J). */
+  kind: 'half' | 'interleaved'
+  /** Channels that are rotated; even. */
+  dim: number
+  theta?: number
+  /** Angles other than those of plain theta (linear, dynamic, llama3, yarn, longrope). */
+  scaled?: boolean
+}
+
+/** How the centroids came about. */
+export interface LearnedFrom {
+  weights: 'uniform' | 'attention' | 'fisher'
+  iterations: number
+  /** Decimal digits of a 64-bit number. */
+  seed: string
+  tokens: number
+  /** SHA-256 of the text, in hexadecimal digits. */
+  text?: string
+  /** ISO 8601. */
+  date?: string
+}
+
+export interface CodebookMetadata {
+  readonly formatVersion: 1
+  /** null: none, or not known. */
+  readonly rotary: RotarySpec | null
+  /** Fingerprint of the model, as DecoderModel gives it. null: not known. */
+  readonly model: string | null
+  /** null: not known. */
+  readonly learned: LearnedFrom | null
+}
+
+export interface CodebookShape {
+  readonly keyCodec: Codec
+  readonly valueCodec: Codec
+  readonly layers: number
+  readonly kvHeads: number
+  readonly headDim: number
+}
+
+/** The JSON text of a file. */
+export function writeMetadata(shape: CodebookShape, metadata: CodebookMetadata): string {
+  const { keyCodec, valueCodec, layers, kvHeads, headDim } = shape
+  const { rotary, model, learned } = metadata
+  return JSON.stringify({ formatVersion, keyCodec: keyCodec.name, valueCodec: valueCodec.name, layers, kvHeads, headDim, rotary, model, learned })
+}
+
+/**
+ * What the JSON of a file says.
+ * @throws {CoupletError} `ERR_COUPLET_CODEBOOK_MISMATCH` for another format version
+ * @throws {TypeError | RangeError} naming the member that is wrong
+ */
+export function readMetadata(json: Json): { shape: CodebookShape; metadata: CodebookMetadata } {
+  const members = readObject(json, 'metadata')
+  const version = readCount(members.get('formatVersion'), 'formatVersion', 0)
+  if (version !== formatVersion)
+    throw new CoupletError(
+      'ERR_COUPLET_CODEBOOK_MISMATCH',
+      `Expected a codebook of format version ${formatVersion} but received one of format version ${version}`,
+    )
+  const shape = readShape({
+    keyCodec: readText(members.get('keyCodec'), 'keyCodec'),
+    valueCodec: readText(members.get('valueCodec'), 'valueCodec'),
+    layers: members.get('layers'),
+    kvHeads: members.get('kvHeads'),
+    headDim: members.get('headDim'),
+  })
+  const rotary = optional(members.get('rotary'), (value) => readRotary(value, shape.headDim))
+  const model = optional(members.get('model'), (value) => readText(value, 'model'))
+  const learned = optional(members.get('learned'), readLearned)
+  return { shape, metadata: Object.freeze({ formatVersion, rotary, model, learned }) }
+}
+
+/** @throws {TypeError | RangeError} when the codecs do not divide headDim, or a count is out of range */
+export function readShape(given: Record<'keyCodec' | 'valueCodec', Codec | string> & Record<'layers' | 'kvHeads' | 'headDim', unknown>): CodebookShape {
+  const layers = readCount(given.layers, 'layers', 1, 65536)
+  const kvHeads = readCount(given.kvHeads, 'kvHeads', 1, 65536)
+  const headDim = readCount(given.headDim, 'headDim', 8, 256)
+  const keyCodec = readCodec(given.keyCodec, 'keyCodec', headDim)
+  const valueCodec = readCodec(given.valueCodec, 'valueCodec', headDim)
+  return Object.freeze({ keyCodec, valueCodec, layers, kvHeads, headDim })
+}
+
+function readCodec(like: Codec | string, name: string, headDim: number): Codec {
+  const result = codec(like)
+  if (headDim % result.groupChannels !== 0) throw rangeError(`Expected groups that divide headDim ${headDim} for \`${name}\` but received "${result.name}"`)
+  return result
+}
+
+function readRotary(json: Json, headDim: number): RotarySpec {
+  const members = readObject(json, 'rotary')
+  const theta = members.get('theta')
+  const scaled = members.get('scaled')
+  const dim = readCount(members.get('dim'), 'rotary.dim', 2, headDim)
+  if (dim % 2 !== 0) throwExpected('an even number', 'rotary.dim', dim)
+  if (theta !== undefined && !(typeof theta === 'number' && theta > 0)) throwExpected('a number above 0', 'rotary.theta', theta)
+  if (scaled !== undefined && typeof scaled !== 'boolean') throwExpected('a boolean', 'rotary.scaled', scaled)
+  const kind = readOneOf(members.get('kind'), 'rotary.kind', ['half', 'interleaved'])
+  return Object.freeze({ kind, dim, ...(theta !== undefined && { theta }), ...(scaled !== undefined && { scaled }) })
+}
+
+function readLearned(json: Json): LearnedFrom {
+  const members = readObject(json, 'learned')
+  const seed = readText(members.get('seed'), 'learned.seed')
+  if (!/^\d{1,20}$/.test(seed)) throwExpected('decimal digits', 'learned.seed', seed)
+  const text = members.get('text')
+  const date = members.get('date')
+  return Object.freeze({
+    weights: readOneOf(members.get('weights'), 'learned.weights', ['uniform', 'attention', 'fisher']),
+    iterations: readCount(members.get('iterations'), 'learned.iterations', 0),
+    seed,
+    tokens: readCount(members.get('tokens'), 'learned.tokens', 0),
+    ...(text !== undefined && { text: readText(text, 'learned.text') }),
+    ...(date !== undefined && { date: readText(date, 'learned.date') }),
+  })
+}
+
+function optional<Value>(json: Json | undefined, read: (json: Json) => Value): Value | null {
+  return json === null || json === undefined ? null : read(json)
+}
+
+function readObject(json: Json, name: string): Map<string, Json> {
+  return json instanceof Map ? json : throwExpected('an object', name, json)
+}
+
+function readText(json: Json | undefined, name: string): string {
+  return typeof json === 'string' ? json : throwExpected('a string', name, json)
+}
+
+function readCount(value: unknown, name: string, least: number, most = Number.MAX_SAFE_INTEGER): number {
+  if (!Number.isSafeInteger(value) || (value as number) < least || (value as number) > most)
+    throwExpected(`an integer from ${least} to ${most}`, name, value)
+  return value as number
+}
+
+function readOneOf<Name extends string>(json: Json | undefined, name: string, names: readonly Name[]): Name {
+  return names.find((known) => known === json) ?? throwExpected(names.map((known) => JSON.stringify(known)).join(' or '), name, json)
+}

@@ -14,7 +14,7 @@ export function requireObject(value: unknown, name: string): asserts value is ob
 
 export function requireInteger(value: unknown, name: string, least: number, most = int32Max): asserts value is number {
   if (!Number.isInteger(value) || (value as number) < least || (value as number) > most)
-    throwExpected(`an integer from ${least} to ${most}`, name, value)
+    throwExpected(`an integer from ${least} to ${most}`, name, value, typeof value === 'number')
 }
 
 type TypedArray = ArrayBufferView & { readonly length: number }
@@ -39,7 +39,7 @@ export function requireArray<Kind extends TypedArray>(
 ): asserts value is Kind {
   const article = kind.name.startsWith('I') ? 'an' : 'a'
   if (!isArray(value, kind)) throw typeError(`Expected ${article} ${kind.name} for \`${name}\` but received ${describe(value)}`)
-  if (value.length < leastLength) throwExpected(`${article} ${kind.name} of ${leastLength} or more elements`, name, value)
+  if (value.length < leastLength) throwExpected(`${article} ${kind.name} of ${leastLength} or more elements`, name, value, true)
 }
 
 /** A zero-filled typed array for a result, or the caller's own after a check. */

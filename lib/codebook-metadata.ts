@@ -103,8 +103,8 @@ function readRotary(json: Json, headDim: number): RotarySpec {
   const theta = members.get('theta')
   const scaled = members.get('scaled')
   const dim = readCount(members.get('dim'), 'rotary.dim', 2, headDim)
-  if (dim % 2 !== 0) throwExpected('an even number', 'rotary.dim', dim)
-  if (theta !== undefined && !(typeof theta === 'number' && theta > 0)) throwExpected('a number above 0', 'rotary.theta', theta)
+  if (dim % 2 !== 0) throwExpected('an even number', 'rotary.dim', dim, true)
+  if (theta !== undefined && !(typeof theta === 'number' && theta > 0)) throwExpected('a number above 0', 'rotary.theta', theta, typeof theta === 'number')
   if (scaled !== undefined && typeof scaled !== 'boolean') throwExpected('a boolean', 'rotary.scaled', scaled)
   const kind = readOneOf(members.get('kind'), 'rotary.kind', ['half', 'interleaved'])
   return Object.freeze({ kind, dim, ...(theta !== undefined && { theta }), ...(scaled !== undefined && { scaled }) })
@@ -113,7 +113,7 @@ function readRotary(json: Json, headDim: number): RotarySpec {
 function readLearned(json: Json): LearnedFrom {
   const members = readObject(json, 'learned')
   const seed = readText(members.get('seed'), 'learned.seed')
-  if (!/^\d{1,20}$/.test(seed)) throwExpected('decimal digits', 'learned.seed', seed)
+  if (!/^\d{1,20}$/.test(seed)) throwExpected('decimal digits', 'learned.seed', seed, true)
   const text = members.get('text')
   const date = members.get('date')
   return Object.freeze({
@@ -140,10 +140,10 @@ function readText(json: Json | undefined, name: string): string {
 
 function readCount(value: unknown, name: string, least: number, most = Number.MAX_SAFE_INTEGER): number {
   if (!Number.isSafeInteger(value) || (value as number) < least || (value as number) > most)
-    throwExpected(`an integer from ${least} to ${most}`, name, value)
+    throwExpected(`an integer from ${least} to ${most}`, name, value, typeof value === 'number')
   return value as number
 }
 
 function readOneOf<Name extends string>(json: Json | undefined, name: string, names: readonly Name[]): Name {
-  return names.find((known) => known === json) ?? throwExpected(names.map((known) => JSON.stringify(known)).join(' or '), name, json)
+  return names.find((known) => known === json) ?? throwExpected(names.map((known) => JSON.stringify(known)).join(' or '), name, json, typeof json === 'string')
 }

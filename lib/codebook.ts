@@ -94,7 +94,7 @@ export class Codebook {
     if (!Array.isArray(keyTables)) throwExpected('an array', 'keyTables', keyTables)
     if (!Array.isArray(valueTables)) throwExpected('an array', 'valueTables', valueTables)
     const shape = readShape({ keyCodec, valueCodec, layers: keyTables.length, kvHeads, headDim })
-    if (valueTables.length !== shape.layers) throwExpected(`${shape.layers} tables`, 'valueTables.length', valueTables.length)
+    if (valueTables.length !== shape.layers) throwExpected(`${shape.layers} tables`, 'valueTables.length', valueTables.length, true)
     return new Codebook({
       shape,
       metadata: checkedMetadata(shape, metadata),
@@ -165,18 +165,18 @@ function checkedMetadata(shape: CodebookShape, given: Partial<CodebookMetadata> 
 
 function checkedTable(table: unknown, name: string, layer: number, elements: number): Float32Array {
   if (!isArray(table, Float32Array)) throw typeError(`Expected Float32Arrays for \`${name}\` but received another value at layer ${layer}`)
-  if (table.length !== elements) throwExpected(`a Float32Array of ${elements} elements`, `${name}[${layer}]`, table)
+  if (table.length !== elements) throwExpected(`a Float32Array of ${elements} elements`, `${name}[${layer}]`, table, true)
   if (!table.every(Number.isFinite))
     throw new CoupletError('ERR_COUPLET_NOT_FINITE', `Expected finite numbers for \`${name}[${layer}]\` but received a NaN or an infinity`, { layer })
   return table.slice()
 }
 
 function tableOf(tables: Float32Array[], layer: number): Float32Array {
-  return tables[layer] ?? throwExpected(`an integer from 0 to ${tables.length - 1}`, 'layer', layer)
+  return tables[layer] ?? throwExpected(`an integer from 0 to ${tables.length - 1}`, 'layer', layer, typeof layer === 'number')
 }
 
 function tensorType({ dtype = 'F32' }: SaveOptions): TensorType {
-  if (!['F16', 'F32'].includes(dtype)) throwExpected('"F16" or "F32"', 'dtype', dtype)
+  if (!['F16', 'F32'].includes(dtype)) throwExpected('"F16" or "F32"', 'dtype', dtype, typeof dtype === 'string')
   return dtype
 }
 

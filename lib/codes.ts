@@ -145,7 +145,7 @@ function prepare(options: CodesSyncOptions): CodesCall & { rowElements: number; 
 function prepareEncode(rows: Rows, options: EncodeSyncOptions): NativeCodesArguments {
   const { rowElements, codesBytes: bytes, ...call } = prepare(options)
   const elements = rowsOf(rows)
-  if (elements.length < rowElements) throwExpected(`an array of ${rowElements} or more elements`, 'rows', rows)
+  if (elements.length < rowElements) throwExpected(`an array of ${rowElements} or more elements`, 'rows', rows, true)
   return { ...call, rows: elements, codes: resultArray(options.out, Uint8Array, bytes) }
 }
 
@@ -153,7 +153,7 @@ function prepareDecode(codes: Uint8Array, options: DecodeSyncOptions): NativeCod
   const { rowElements, codesBytes: bytes, ...call } = prepare(options)
   requireArray(codes, 'codes', Uint8Array, bytes)
   const { out, dtype = isArray(out, Uint16Array) ? 'float16' : 'float32' } = options
-  if (!['float32', 'float16'].includes(dtype)) throwExpected('"float32" or "float16"', 'dtype', dtype)
+  if (!['float32', 'float16'].includes(dtype)) throwExpected('"float32" or "float16"', 'dtype', dtype, typeof dtype === 'string')
   const kind: TypedArrayClass<Float32Array | Uint16Array> = dtype === 'float16' ? Uint16Array : Float32Array
   return { ...call, codes, rows: resultArray<Float32Array | Uint16Array>(out, kind, rowElements) }
 }

@@ -71,10 +71,9 @@ export function disposedError(what: string): CoupletError {
   return new CoupletError('ERR_COUPLET_DISPOSED', `This ${what} has been disposed`)
 }
 
-/** Throws "Expected X for `name` but received Y": a RangeError for a number, bigint or typed array, else a TypeError. */
-export function throwExpected(expected: string, name: string, received: unknown): never {
+/** Throws "Expected X for `name` but received Y": a TypeError, or a RangeError when `received` is of the right kind and only out of range. */
+export function throwExpected(expected: string, name: string, received: unknown, rightKind = false): never {
   const message = `Expected ${expected} for \`${name}\` but received ${describe(received)}`
-  const rightKind = typeof received === 'number' || typeof received === 'bigint' || ArrayBuffer.isView(received)
   throw rightKind ? rangeError(message) : typeError(message)
 }
 

@@ -116,10 +116,9 @@ std::string describe(Napi::Value value) {
   return "an object";
 }
 
-void throw_expected(Napi::Env env, const std::string& expected, const char* name, Napi::Value received) {
+void throw_expected(Napi::Env env, const std::string& expected, const char* name, Napi::Value received, bool right_kind) {
   std::string const message = "Expected " + expected + " for `" + name + "` but received " + describe(received);
-  // The right kind of value, but not one of those allowed: a RangeError, as in Node's own interfaces.
-  throw received.IsNumber() || received.IsBigInt() || received.IsTypedArray() ? range_error(env, message) : type_error(env, message);
+  throw right_kind ? range_error(env, message) : type_error(env, message);
 }
 
 int64_t read_integer(Napi::Value value, const char* name, int64_t least, int64_t most) {
@@ -130,7 +129,7 @@ int64_t read_integer(Napi::Value value, const char* name, int64_t least, int64_t
     if (number == std::trunc(number) && number >= static_cast<double>(least) && number <= static_cast<double>(most))
       return static_cast<int64_t>(number);
   }
-  throw_expected(value.Env(), range_text("an integer", std::to_string(least), std::to_string(most)), name, value);
+  throw_expected(value.Env(), range_text("an integer", std::to_string(least), std::to_string(most)), name, value, value.IsNumber());
 }
 
 double read_number(Napi::Value value, const char* name, double least, double most) {
@@ -138,7 +137,7 @@ double read_number(Napi::Value value, const char* name, double least, double mos
     double const number = value.As<Napi::Number>().DoubleValue();
     if (number >= least && number <= most) return number;
   }
-  throw_expected(value.Env(), range_text("a number", number_text(least), number_text(most)), name, value);
+  throw_expected(value.Env(), range_text("a number", number_text(least), number_text(most)), name, value, value.IsNumber());
 }
 
 bool read_boolean(Napi::Value value, const char* name) {
@@ -168,19 +167,17 @@ template <class T>
 View<T> read_array(Napi::Value value, const char* name, size_t least_length) {
   ArrayInfo info;
   ArrayKind const kind = array_kind(type_of<T>());
-  if (!value.IsTypedArray() || !array_info(value, &info) || info.type != type_of<T>()) {
-    std::string const message = std::string("Expected ") + kind.article + kind.name + " for `" + name + "` but received ";
-    throw type_error(value.Env(), message + describe(value));
-  }
+  if (!value.IsTypedArray() || !array_info(value, &info) || info.type != type_of<T>())
+    throw_expected(value.Env(), std::string(kind.article) + kind.name, name, value);
   bool detached = false;
   napi_is_detached_arraybuffer(value.Env(), info.buffer, &detached);
   if (detached || info.length < least_length) {
     std::string const least = least_length == std::numeric_limits<size_t>::max() ? "more elements than fit in memory"
                                                                                 : std::to_string(least_length) + " or more elements";
-    throw_expected(value.Env(), std::string(kind.article) + kind.name + " of " + least, name, value);
+    throw_expected(value.Env(), std::string(kind.article) + kind.name + " of " + least, name, value, true);
   }
   if (changes_size(Napi::Object(value.Env(), info.buffer)))
-    throw_expected(value.Env(), std::string(kind.article) + kind.name + " over a buffer of fixed length", name, value);
+    throw_expected(value.Env(), std::string(kind.article) + kind.name + " over a buffer of fixed length", name, value, true);
   return {static_cast<T*>(info.data), info.length, value, name};
 }
 

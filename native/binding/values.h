@@ -26,7 +26,9 @@ struct View {
 // "the number 3", "a Float32Array of 12 elements", "undefined": the Y of the sentence.
 std::string describe(Napi::Value value);
 
-[[noreturn]] void throw_expected(Napi::Env env, const std::string& expected, const char* name, Napi::Value received);
+// right_kind: the value is only out of range.
+[[noreturn]] void throw_expected(Napi::Env env, const std::string& expected, const char* name, Napi::Value received,
+                                 bool right_kind = false);
 
 // Readers of one value. `name` must outlive the call that it is used in: give literals.
 int64_t read_integer(Napi::Value value, const char* name, int64_t least, int64_t most);  // within +-2^53

@@ -8,6 +8,8 @@
 #include <optional>
 
 #include "../../native/cpu/table.h"
+#define COUPLET_ISA encode_test
+#include "../../native/cpu/nearest_lanes.h"
 #include "codes_reference.h"
 
 namespace {
@@ -185,13 +187,14 @@ void test_not_finite(Random& random) {
     Table const table = make_table(shape, random.normals(table_floats(shape)));
     Rows rows(shape, random);
     fill(rows, shape, random, 1);
-    static constexpr float bad[] = {NAN, -NAN, INFINITY, -INFINITY};
+    static constexpr float bads[] = {NAN, -NAN, INFINITY, -INFINITY};
+    float const bad = bads[random.below(4)];
     int32_t const token = static_cast<int32_t>(random.below(shape.tokens));
     int32_t const head = static_cast<int32_t>(random.below(shape.kv_heads));
     int32_t const channel = static_cast<int32_t>(random.below(shape.head_dim));
     // A later one, in the order token, kv head, channel, must not be the one that is reported.
-    rows.set(shape.tokens - 1, shape.kv_heads - 1, shape.head_dim - 1, NAN);
-    rows.set(token, head, channel, bad[random.below(4)]);
+    rows.set(shape.tokens - 1, shape.kv_heads - 1, shape.head_dim - 1, bad);
+    rows.set(token, head, channel, bad);
     Pages const before(shape, random);
     for (const NearestBody* body : bodies()) {
       Pages pages = before;
@@ -255,6 +258,41 @@ void test_refusals(Random& random) {
   CHECK(std::strstr(text, "8c8b") != nullptr, "%s", text);
 }
 
+// The portable body's own fma where the compiler has none: the sums that double would round to a tie of float are sought out,
+// from above and from below.
+void test_add_square(Random& random) {
+  namespace portable = couplet::cpu::encode_test;
+  int64_t wrong = 0;
+  int64_t hard = 0;
+  auto const compare = [&](float sum, float a) {
+    float got[portable::lanes];
+    portable::store(got, portable::add_square(portable::broadcast(sum), portable::broadcast(a)));
+    float const expected = std::fma(a, a, sum);
+    hard += static_cast<float>(static_cast<double>(a) * static_cast<double>(a) + static_cast<double>(sum)) != expected;
+    for (float value : got) wrong += value != expected;
+  };
+  for (int trial = 0; trial < 2'000'000; ++trial) {
+    int64_t const a = (int64_t{1} << 23) + random.below(int64_t{1} << 23);
+    int64_t const past =
+        a * a - (int64_t{1} << 47) >= 0 ? int64_t{1} << 23 : int64_t{1} << 22;  // half a unit of the result
+    int64_t const missing = (past - a * a) & (2 * past - 1);
+    if (missing >= 1 << 17) continue;
+    for (float sum : {static_cast<float>(missing), std::nextafter(static_cast<float>(missing), 0.0f),
+                      std::nextafter(static_cast<float>(missing), INFINITY)})
+      compare(sum, static_cast<float>(a));
+  }
+  for (int trial = 0; trial < 200'000; ++trial)
+    compare(static_cast<float>(std::exp2(random.uniform(-149, 127))),
+            static_cast<float>(std::exp2(random.uniform(-80, 66))));
+  compare(0x1p-100f, 4097);
+  compare(FLT_MAX, FLT_MAX);
+  compare(INFINITY, 1);
+  compare(1, INFINITY);
+  compare(0, 0);
+  CHECK(wrong == 0, "%lld lanes differ from fma", static_cast<long long>(wrong));
+  CHECK(hard > 100, "only %lld sums that double rounding gets wrong", static_cast<long long>(hard));
+}
+
 void test_tables(Random& random) {
   Shape const shape = {.codec = {4, 5}, .kv_heads = 3, .head_dim = 16};
   std::vector<float> const good = random.normals(table_floats(shape));
@@ -297,6 +335,7 @@ void test_tables(Random& random) {
 
 int main() {
   Random random(2);
+  test_add_square(random);
   test_tables(random);
   test_refusals(random);
   test_random(random, 150);

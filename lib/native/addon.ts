@@ -43,9 +43,10 @@ function load(): Addon {
 
 function failure(path: string | undefined, cause: unknown): string {
   const reason = cause instanceof Error ? cause.message.trimEnd() : String(cause)
+  const root = process.env.COUPLET_PREBUILD ?? packageRoot // node-gyp-build's own way to look elsewhere
   const attempts = [
     path === undefined ? `node-gyp-build: ${reason}` : `${path}: ${reason}`,
-    ...['build/Release', 'build/Debug', join('prebuilds', `${process.platform}-${process.arch}`)].map(findings),
+    ...['build/Release', 'build/Debug', join('prebuilds', `${process.platform}-${process.arch}`)].map((folder) => findings(join(root, folder))),
   ]
   return [
     `The addon of couplet ${packageVersion} could not be loaded (Node ${process.versions.node}, ${process.platform}-${process.arch}):`,
@@ -54,8 +55,7 @@ function failure(path: string | undefined, cause: unknown): string {
   ].join('\n')
 }
 
-function findings(folder: string): string {
-  const path = join(packageRoot, folder)
+function findings(path: string): string {
   if (!existsSync(path)) return `${path}: there is no such folder`
   const addons = readdirSync(path).filter((name) => name.endsWith('.node'))
   return `${path}: ${addons.length > 0 ? `has ${addons.join(', ')}` : 'has no addon'}`

@@ -75,12 +75,13 @@ const couplet_backend* open_backend(const std::string& path, const std::string& 
     if (report) report->status = COUPLET_BACKEND_UNAVAILABLE;
     return nullptr;
   }
-  if (backend->abi_version != COUPLET_ABI_VERSION || backend->struct_bytes != sizeof(couplet_backend))
-    return refuse(report, path + " has ABI version " + std::to_string(backend->abi_version) + ", and this addon has " +
-                              std::to_string(COUPLET_ABI_VERSION));
+  auto const differs = [&](const char* what, uint64_t theirs, uint64_t ours) {
+    return refuse(report, path + " has " + what + " " + std::to_string(theirs) + ", and this addon has " + std::to_string(ours));
+  };
+  if (backend->abi_version != COUPLET_ABI_VERSION) return differs("ABI version", backend->abi_version, COUPLET_ABI_VERSION);
+  if (backend->struct_bytes != sizeof(couplet_backend)) return differs("struct size", backend->struct_bytes, sizeof(couplet_backend));
   if (backend->layout_version != COUPLET_LAYOUT_VERSION)
-    return refuse(report, path + " has layout version " + std::to_string(backend->layout_version) + ", and this addon has " +
-                              std::to_string(COUPLET_LAYOUT_VERSION));
+    return differs("layout version", backend->layout_version, COUPLET_LAYOUT_VERSION);
   if (backend->name != name) return refuse(report, path + " holds the backend \"" + backend->name + "\" and not \"" + name + "\"");
   return backend;
 }

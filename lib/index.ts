@@ -1,3 +1,7 @@
+export type {
+  AppendRow, AttendOptions, AttendRow, CacheOptions, CacheStatistics, LayerOptions, Prefill, RotaryOption, StepRow,
+} from './cache'
+export { Cache, Sequence, Step } from './cache'
 export type { BackendState, Capabilities } from './capabilities'
 export { capabilities } from './capabilities'
 export type { CodebookMetadata, CodebookTables, ExpectedCodebook, LearnedFrom, RotarySpec, SaveOptions } from './codebook'

@@ -1,7 +1,381 @@
+// Codebooks, caches, sequences and steps as handles. lib/native/cache.ts types what this exports.
+#include "cache.h"
+
+#include <algorithm>
+#include <functional>
+
+#include "../dispatch/dispatch.h"
+#include "error.h"
 #include "exports.h"
+#include "handles.h"
+#include "values.h"
+#include "worker.h"
 
 namespace couplet::binding {
 
-void export_cache(Napi::Env, Napi::Object) {}
+// ---- layer options and owners -------------------------------------------------------------------------------------
+
+LayerOptions::LayerOptions(const couplet_backend* backend, const CacheConfig& config, const Napi::Object& object)
+    : backend_(backend) {
+  Options const options(object);
+  try {
+    Napi::Array const rotaries = options.list("rotaries");
+    for (uint32_t i = 0; i < rotaries.Length(); ++i) {
+      Options const given(rotaries.Get(i), "rotary");
+      couplet_rotary_params params = {};
+      params.kind = given.string("kind") == "interleaved" ? COUPLET_ROTARY_INTERLEAVED : COUPLET_ROTARY_HALF;
+      params.rotary_dim = given.integer("dim", 2, config.head_dim);
+      params.positions = given.integer("positions", 1);
+      params.head_dim = config.head_dim;
+      params.theta = given.number_or("theta", 0, 0, std::numeric_limits<double>::max());
+      size_t const angles = product({params.positions, params.rotary_dim / 2});
+      params.cos = given.array_or_none<float>("cos", angles).data;
+      params.sin = given.array_or_none<float>("sin", angles).data;
+      rotaries_.push_back(nullptr);
+      couplet_report report{};
+      throw_unless_ok(object.Env(), backend->rotary.create(&params, &rotaries_.back(), &report), report);
+    }
+    Napi::Array const layers = options.list("layers");
+    if (layers.Length() != static_cast<uint32_t>(config.layers)) {
+      throw_expected(object.Env(), std::to_string(config.layers) + " entries", "layers", options.get("layers"));
+    }
+    for (uint32_t i = 0; i < layers.Length(); ++i) {
+      Options const given(layers.Get(i), "layerOptions");
+      float const most = std::numeric_limits<float>::max();
+      AttendOptions& layer = layers_.emplace_back();
+      layer.scale = static_cast<float>(given.number_or("scale", 0, -most, most));
+      layer.softcap = static_cast<float>(given.number_or("softcap", 0, 0, most));
+      layer.local_window = given.integer_or("localWindow", 0, 0);
+      if (given.has("rotary")) {
+        layer.rotary =
+            rotaries_[static_cast<size_t>(given.integer("rotary", 0, static_cast<int32_t>(rotaries_.size()) - 1))];
+      }
+      if (!given.has("headSinks")) continue;
+      View<float> const sinks = given.array<float>("headSinks", static_cast<size_t>(config.query_heads));
+      layer.head_sinks = head_sinks_.emplace_back(sinks.data, sinks.data + sinks.length).data();
+    }
+  } catch (...) {
+    release();
+    throw;
+  }
+}
+
+LayerOptions::~LayerOptions() { release(); }
+
+void LayerOptions::release() {
+  for (couplet_rotary* rotary : rotaries_) backend_->rotary.destroy(rotary);
+  rotaries_.clear();
+}
+
+CacheOwner::~CacheOwner() { report(0); }
+
+void CacheOwner::report_memory() { report(cache_->memory_bytes()); }
+
+void CacheOwner::report(int64_t bytes) {
+  if (bytes != reported_bytes_) Napi::MemoryManagement::AdjustExternalMemory(env_, bytes - reported_bytes_);
+  reported_bytes_ = bytes;
+}
+
+namespace {
+
+constexpr int32_t most_threads = 256;
+
+const couplet_backend* backend_of(const Options& options) {
+  couplet_report report{};
+  const couplet_backend* const backend = find_backend(options.string_or("device", "cpu"), &report);
+  if (!backend) throw error_of(options.env(), report);
+  return backend;
+}
+
+// ---- codebooks ----------------------------------------------------------------------------------------------------
+
+struct CodebookHandle {
+  static constexpr napi_type_tag tag{0xc3b85e07f14d42a9, 0xa60e94d17b2c3f85};
+  static constexpr const char* noun = "a codebook";
+  Napi::Env env;
+  std::shared_ptr<const Codebook> codebook;
+
+  CodebookHandle(Napi::Env owner, std::shared_ptr<const Codebook> made) : env(owner), codebook(std::move(made)) {
+    Napi::MemoryManagement::AdjustExternalMemory(env, static_cast<int64_t>(codebook->bytes()));
+  }
+  ~CodebookHandle() { Napi::MemoryManagement::AdjustExternalMemory(env, -static_cast<int64_t>(codebook->bytes())); }
+};
+
+couplet_codec read_codec(const Options& options) {
+  return {.group_channels = options.integer("groupChannels", 1, COUPLET_MAX_HEAD_DIM),
+          .code_bits = options.integer("codeBits", 1, COUPLET_MAX_CODE_BITS)};
+}
+
+std::vector<const float*> read_tables(const Options& options, const char* name, const Codebook::Shape& shape,
+                                      couplet_codec codec) {
+  Napi::Array const list = options.list(name);
+  size_t const elements = product({shape.kv_heads, shape.head_dim, couplet_codec_centroids(codec)});
+  std::vector<const float*> tables;
+  for (uint32_t layer = 0; layer < list.Length(); ++layer)
+    tables.push_back(read_array<float>(list.Get(layer), name, elements).data);
+  return tables;
+}
+
+Napi::Value create_codebook(const Napi::CallbackInfo& info) {
+  Options const options(info[0]);
+  Codebook::Shape const shape = {.layers = options.integer("layers", 1),
+                                 .kv_heads = options.integer("kvHeads", 1),
+                                 .head_dim = options.integer("headDim", COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM),
+                                 .key_codec = read_codec(options.object("keyCodec")),
+                                 .value_codec = read_codec(options.object("valueCodec"))};
+  std::shared_ptr<const Codebook> codebook;
+  couplet_report report{};
+  throw_unless_ok(
+      info.Env(),
+      Codebook::create(backend_of(options), shape, read_tables(options, "keyTables", shape, shape.key_codec),
+                       read_tables(options, "valueTables", shape, shape.value_codec), &codebook, &report),
+      report);
+  return make_handle(info.Env(), std::make_unique<CodebookHandle>(info.Env(), std::move(codebook)));
+}
+
+// ---- caches -------------------------------------------------------------------------------------------------------
+
+Napi::Value create_cache(const Napi::CallbackInfo& info) {
+  Options const options(info[0]);
+  Options const given = options.object("config");
+  CacheConfig const config = {.layers = given.integer("layers", 1),
+                              .query_heads = given.integer("queryHeads", 1),
+                              .kv_heads = given.integer("kvHeads", 1),
+                              .head_dim = given.integer("headDim", 1),
+                              .sinks = given.integer("sinks", 0),
+                              .window = given.integer("window", -1),
+                              .threads = given.integer_or("threads", 0, 0, most_threads),
+                              .budget_bytes = given.integer_or<int64_t>("memory", 0, 1, int64_t{1} << 53)};
+  const couplet_backend* const backend = backend_of(options);
+  std::shared_ptr<const Codebook> codebook;
+  if (options.has("codebook")) codebook = read_handle<CodebookHandle>(options.get("codebook"), "codebook").codebook;
+  std::shared_ptr<Cache> cache;
+  couplet_report report{};
+  throw_unless_ok(info.Env(), Cache::create(backend, config, std::move(codebook), &cache, &report), report);
+  auto layers = std::make_shared<LayerOptions>(backend, config, info[0].As<Napi::Object>());
+  auto handle = std::make_unique<CacheHandle>();
+  handle->owner = std::make_shared<CacheOwner>(info.Env(), std::move(cache), std::move(layers));
+  return make_handle(info.Env(), std::move(handle));
+}
+
+Napi::Value cache_statistics(const Napi::CallbackInfo& info) {
+  CacheStatistics const statistics = read_handle<CacheHandle>(info[0], "cache").owner->cache()->statistics();
+  Napi::Object const object = Napi::Object::New(info.Env());
+  auto const set = [&](const char* name, auto value) {
+    object.Set(name, Napi::Number::New(info.Env(), static_cast<double>(value)));
+  };
+  set("sequences", statistics.sequences);
+  set("tokens", statistics.tokens);
+  set("codedTokens", statistics.coded_tokens);
+  set("rawTokens", statistics.raw_tokens);
+  set("pageBytes", statistics.page_bytes);
+  set("rawBytes", statistics.raw_bytes);
+  set("codebookBytes", statistics.codebook_bytes);
+  set("bookkeepingBytes", statistics.bookkeeping_bytes);
+  set("budgetBytes", statistics.budget_bytes);
+  set("peakBytes", statistics.peak_bytes);
+  set("bitsPerChannel", statistics.bits_per_channel);
+  return object;
+}
+
+Napi::Value dispose_cache(const Napi::CallbackInfo& info) {
+  CacheOwner& owner = *read_handle<CacheHandle>(info[0], "cache").owner;
+  owner.cache()->dispose();
+  owner.report_memory();
+  return info.Env().Undefined();
+}
+
+// ---- sequences ----------------------------------------------------------------------------------------------------
+
+struct SequenceHandle {
+  static constexpr napi_type_tag tag{0x5e19c7d2a8f0436b, 0xb4720f6e3d9c81a5};
+  static constexpr const char* noun = "a sequence";
+  std::shared_ptr<CacheOwner> owner;
+  SequenceId id = 0;
+
+  SequenceHandle(std::shared_ptr<CacheOwner> cache, SequenceId sequence) : owner(std::move(cache)), id(sequence) {}
+  ~SequenceHandle() {
+    owner->cache()->abandon(id);
+    owner->report_memory();
+  }
+};
+
+Napi::Value create_sequence(const Napi::CallbackInfo& info) {
+  const std::shared_ptr<CacheOwner>& owner = read_handle<CacheHandle>(info[0], "cache").owner;
+  SequenceId id = 0;
+  couplet_report report{};
+  throw_unless_ok(info.Env(), owner->cache()->create_sequence(&id, &report), report);
+  return make_handle(info.Env(), std::make_unique<SequenceHandle>(owner, id));
+}
+
+Napi::Value fork_sequence(const Napi::CallbackInfo& info) {
+  SequenceHandle const& from = read_handle<SequenceHandle>(info[0], "sequence");
+  SequenceId id = 0;
+  couplet_report report{};
+  throw_unless_ok(info.Env(), from.owner->cache()->fork(from.id, &id, &report), report);
+  return make_handle(info.Env(), std::make_unique<SequenceHandle>(from.owner, id));
+}
+
+Napi::Value sequence_length(const Napi::CallbackInfo& info) {
+  SequenceHandle const& sequence = read_handle<SequenceHandle>(info[0], "sequence");
+  int64_t tokens = 0;
+  couplet_report report{};
+  throw_unless_ok(info.Env(), sequence.owner->cache()->length(sequence.id, &tokens, &report), report);
+  return Napi::Number::New(info.Env(), static_cast<double>(tokens));
+}
+
+Napi::Value truncate_sequence(const Napi::CallbackInfo& info) {
+  SequenceHandle const& sequence = read_handle<SequenceHandle>(info[0], "sequence");
+  int64_t const tokens = read_integer(info[1], "tokens", 0, std::numeric_limits<int32_t>::max());
+  couplet_report report{};
+  throw_unless_ok(info.Env(), sequence.owner->cache()->truncate(sequence.id, tokens, &report), report);
+  sequence.owner->report_memory();
+  return info.Env().Undefined();
+}
+
+// Idempotent: a sequence that is gone, with its cache or alone, stays gone.
+Napi::Value dispose_sequence(const Napi::CallbackInfo& info) {
+  SequenceHandle const& sequence = read_handle<SequenceHandle>(info[0], "sequence");
+  couplet_report report{};
+  couplet_status const status = sequence.owner->cache()->drop(sequence.id, &report);
+  if (status != COUPLET_DISPOSED) throw_unless_ok(info.Env(), status, report);
+  sequence.owner->report_memory();
+  return info.Env().Undefined();
+}
+
+// ---- steps --------------------------------------------------------------------------------------------------------
+
+Napi::Value begin_step(const Napi::CallbackInfo& info) {
+  Options const options(info[0]);
+  const std::shared_ptr<CacheOwner>& owner = read_handle<CacheHandle>(options.get("cache"), "cache").owner;
+  Napi::Array const list = options.list("rows");
+  std::vector<StepRow> rows;
+  for (uint32_t i = 0; i < list.Length(); ++i) {
+    Options const row(list.Get(i), "rows");
+    SequenceHandle const& sequence = read_handle<SequenceHandle>(row.get("sequence"), "sequence");
+    if (sequence.owner->cache() != owner->cache()) {
+      throw range_error(info.Env(),
+                        "Expected a sequence of this cache for `sequence` but received one of another cache");
+    }
+    rows.push_back({.sequence = sequence.id, .tokens = row.integer("tokens", 0)});
+  }
+  Prefill const prefill = options.string("prefill") == "coded" ? Prefill::coded : Prefill::exact;
+  auto opened = std::make_shared<OpenStep>();
+  opened->layers = {owner->options(), &owner->options()->layers()};
+  couplet_report report{};
+  throw_unless_ok(info.Env(), owner->cache()->begin(rows, prefill, &opened->step, &report), report);
+  owner->report_memory();
+  auto handle = std::make_unique<StepHandle>();
+  handle->owner = owner;
+  handle->step = std::move(opened);
+  return make_handle(info.Env(), std::move(handle));
+}
+
+bool overlap(const View<float>& a, const View<float>& b) {
+  std::less<const float*> const before;
+  return a.length > 0 && b.length > 0 && before(a.data, b.data + b.length) && before(b.data, a.data + a.length);
+}
+
+class AttendWorker : public Worker {
+ public:
+  explicit AttendWorker(const Options& options) : Worker(options.env()) {
+    StepHandle const& handle = read_handle<StepHandle>(options.get("step"), "step");
+    owner_ = handle.owner;
+    step_ = handle.step;
+    const CacheConfig& config = owner_->cache()->config();
+    layer_ = options.integer("layer", 0, config.layers - 1);
+    options_ = (*step_->layers)[static_cast<size_t>(layer_)];
+    Napi::Array const list = options.list("rows");
+    std::span<const StepRow> const rows = step_->step->rows();
+    if (list.Length() != rows.size()) {
+      throw range_error(env(), "Expected one entry for each of the step's " + std::to_string(rows.size()) +
+                                   " sequences for `rows` but received " + std::to_string(list.Length()));
+    }
+    for (uint32_t i = 0; i < list.Length(); ++i) read_row(Options(list.Get(i), "rows"), rows[i].tokens, config);
+    read_control(options);
+    options_.cancel = control()->cancel;
+  }
+  // An abort or a dispose that came meanwhile took effect at the end of the call.
+  ~AttendWorker() override {
+    step_.reset();
+    owner_->report_memory();
+  }
+
+ protected:
+  couplet_status execute(couplet_report* report) override {
+    return step_->step->attend(layer_, data_, options_, report);
+  }
+
+ private:
+  void read_row(const Options& row, int32_t tokens, const CacheConfig& config) {
+    int64_t const kv_stride = int64_t{config.kv_heads} * config.head_dim,
+                  query_stride = int64_t{config.query_heads} * config.head_dim;
+    View<float> const keys = row.array<float>("keys", product({tokens, kv_stride}));
+    View<float> const values = row.array<float>("values", product({tokens, kv_stride}));
+    StepData& data = data_.emplace_back();
+    data.keys = pin(keys);
+    data.values = pin(values);
+    data.key_token_stride = data.value_token_stride = kv_stride;
+    data.key_head_stride = data.value_head_stride = data.query_head_stride = data.output_head_stride = config.head_dim;
+    data.query_token_stride = data.output_token_stride = query_stride;
+    if (!row.has("queries")) return;
+    View<float> const queries = row.array<float>("queries", product({tokens, query_stride}));
+    View<float> const out = row.array<float>("out", product({tokens, query_stride}));
+    if (overlap(out, queries) || overlap(out, keys) || overlap(out, values)) {
+      throw range_error(env(),
+                        "Expected an array that shares no memory with the inputs for `out` but received one that does");
+    }
+    data.queries = pin(queries);
+    data.outputs = pin(out);
+  }
+
+  std::shared_ptr<CacheOwner> owner_;
+  std::shared_ptr<const OpenStep> step_;
+  int32_t layer_ = 0;
+  AttendOptions options_;
+  std::vector<StepData> data_;
+};
+
+Napi::Value attend_step(const Napi::CallbackInfo& info) {
+  return run_async(info.Env(), std::make_unique<AttendWorker>(Options(info[0])));
+}
+
+Napi::Value attend_step_sync(const Napi::CallbackInfo& info) {
+  return run_sync(info.Env(), std::make_unique<AttendWorker>(Options(info[0])));
+}
+
+Napi::Value commit_step(const Napi::CallbackInfo& info) {
+  StepHandle const& handle = read_handle<StepHandle>(info[0], "step");
+  couplet_report report{};
+  throw_unless_ok(info.Env(), handle.step->step->commit(&report), report);
+  handle.owner->report_memory();
+  return info.Env().Undefined();
+}
+
+Napi::Value abort_step(const Napi::CallbackInfo& info) {
+  StepHandle const& handle = read_handle<StepHandle>(info[0], "step");
+  handle.step->step->abort();
+  handle.owner->report_memory();
+  return info.Env().Undefined();
+}
+
+}  // namespace
+
+void export_cache(Napi::Env env, Napi::Object exports) {
+  exports.Set("createCodebook", Napi::Function::New(env, create_codebook, "createCodebook"));
+  exports.Set("createCache", Napi::Function::New(env, create_cache, "createCache"));
+  exports.Set("cacheStatistics", Napi::Function::New(env, cache_statistics, "cacheStatistics"));
+  exports.Set("disposeCache", Napi::Function::New(env, dispose_cache, "disposeCache"));
+  exports.Set("createSequence", Napi::Function::New(env, create_sequence, "createSequence"));
+  exports.Set("forkSequence", Napi::Function::New(env, fork_sequence, "forkSequence"));
+  exports.Set("sequenceLength", Napi::Function::New(env, sequence_length, "sequenceLength"));
+  exports.Set("truncateSequence", Napi::Function::New(env, truncate_sequence, "truncateSequence"));
+  exports.Set("disposeSequence", Napi::Function::New(env, dispose_sequence, "disposeSequence"));
+  exports.Set("beginStep", Napi::Function::New(env, begin_step, "beginStep"));
+  exports.Set("attendStep", Napi::Function::New(env, attend_step, "attendStep"));
+  exports.Set("attendStepSync", Napi::Function::New(env, attend_step_sync, "attendStepSync"));
+  exports.Set("commitStep", Napi::Function::New(env, commit_step, "commitStep"));
+  exports.Set("abortStep", Napi::Function::New(env, abort_step, "abortStep"));
+}
 
 }  // namespace couplet::binding

@@ -1,0 +1,478 @@
+/** The KV cache of many sequences, coded, and the steps that new tokens enter it by. */
+import { isArray, requireArray, requireInteger, requireObject, resultArray } from './arguments'
+import { Codebook } from './codebook'
+import type { RotarySpec } from './codebook'
+import { describe, rangeError, throwExpected, typeError } from './errors'
+import { addon } from './native/addon'
+import type { NativeAttendArguments, NativeCache, NativeCodebook, NativeLayerOptions, NativeRotary, NativeSequence, NativeStep } from './native/cache'
+import { abortable, refusePromiseOptions } from './native/call'
+
+const int32Max = 2 ** 31 - 1
+
+/** Positions that angles are prepared for when only `theta` is given. */
+const defaultPositions = 2 ** 20
+
+/**
+ * Rotary position embedding of queries and keys. (x, y) of pair i at position t becomes (x cos - y sin, y cos + x sin), the angle being
+ * t * theta ** (-2 i / dim), or whatever the tables say (linear, dynamic, llama3, yarn, longrope scaling). null: none.
+ */
+export type RotaryOption =
+  | {
+    /** half: channel i pairs with i + dim / 2 (Llama, Qwen). interleaved: 2i pairs with 2i + 1 (GPT-J). */
+    kind: 'half' | 'interleaved'
+    /** Channels that are rotated, the first ones of a head; even; default headDim. */
+    dim?: number | undefined
+    theta: number
+    /** First position that is refused; default 2 ** 20. */
+    positions?: number | undefined
+  }
+  | {
+    kind: 'half' | 'interleaved'
+    dim?: number | undefined
+    /** float32 [positions][dim / 2], copied. */
+    cos: Float32Array
+    /** float32 [positions][dim / 2], copied. */
+    sin: Float32Array
+  }
+  | null
+
+/** How one layer attends. */
+export interface LayerOptions {
+  /** Factor of the logits; default 1 / sqrt(headDim). */
+  scale?: number | undefined
+  /** logit = softcap * tanh(logit / softcap); default 0, none. */
+  softcap?: number | undefined
+  /** Newest tokens that a query sees, its own among them; default 0, all. */
+  localWindow?: number | undefined
+  /** float32 [queryHeads], copied: one more logit in the softmax of each head, with no value behind it. */
+  headSinks?: Float32Array | undefined
+  /** Default the cache's. */
+  rotary?: RotaryOption | undefined
+}
+
+export interface CacheOptions {
+  /** Codes keys and values. Without it everything stays in full precision. The cache keeps its own copy of the tables. */
+  codebook?: Codebook | undefined
+  /** Default the codebook's; likewise kvHeads and headDim. */
+  layers?: number | undefined
+  /** A multiple of kvHeads: query head h reads kv head floor(h * kvHeads / queryHeads). */
+  queryHeads: number
+  kvHeads?: number | undefined
+  /** Channels of a head: 32 to 256 in steps of 8. */
+  headDim?: number | undefined
+  /** First tokens of a sequence that stay in full precision; default 4. */
+  sinks?: number | undefined
+  /** Last tokens of a sequence that stay in full precision; Infinity for all. Default 32, and Infinity without a codebook. */
+  window?: number | undefined
+  /** Bytes that pages and full-precision tokens of all sequences may take together; default no limit. */
+  memory?: number | undefined
+  rotary?: RotaryOption | undefined
+  /** Threads that one call uses; default 0, all cores. */
+  threads?: number | undefined
+  /** For all layers, or one for each. */
+  layerOptions?: LayerOptions | readonly LayerOptions[] | undefined
+  /** Default 'cpu'. */
+  device?: 'cpu' | 'cuda' | undefined
+}
+
+/** How the new tokens of a step meet each other: `exact`, all in full precision, or `coded`, as if they had come one by one. */
+export type Prefill = 'exact' | 'coded'
+
+export interface StepRow {
+  sequence: Sequence
+  /** New tokens; 0 takes part with nothing to do. */
+  tokens: number
+}
+
+/** Keys (before rotary) and values of the new tokens of one sequence in one layer: float32 [tokens][kvHeads][headDim]. */
+export interface AppendRow {
+  keys: Float32Array
+  values: Float32Array
+}
+
+export interface AttendRow extends AppendRow {
+  /** float32 [tokens][queryHeads][headDim], before rotary. */
+  queries: Float32Array
+  /** float32 [tokens][queryHeads][headDim], receives the result; default a new array. May not overlap an input. */
+  out?: Float32Array | undefined
+}
+
+export interface AttendOptions {
+  /** Rejects with its reason. A layer that had begun cannot be repeated: the step can then only be aborted. */
+  signal?: AbortSignal | undefined
+}
+
+/** What a cache holds. Bytes count what was allocated, so padding and slots not used yet are in them; shared blocks count once. */
+export interface CacheStatistics {
+  sequences: number
+  /** Over all sequences; what forks share counts for each. codedTokens + rawTokens. */
+  tokens: number
+  codedTokens: number
+  rawTokens: number
+  /** Bytes of codes. */
+  pageBytes: number
+  /** Bytes of full-precision tokens: sinks and windows. */
+  rawBytes: number
+  /** Bytes of centroids as the backend keeps them, once for all caches of the same {@link Codebook}. */
+  codebookBytes: number
+  /** Page tables, block headers, scratch of attention: an estimate from below. */
+  bookkeepingBytes: number
+  /** The `memory` option; Infinity without a limit. pageBytes + rawBytes stays within it. */
+  budgetBytes: number
+  /** Highest pageBytes + rawBytes so far. */
+  peakBytes: number
+  /** 8 * (pageBytes + rawBytes + codebookBytes) / (tokens * layers * 2 * kvHeads * headDim); 0 without tokens. */
+  bitsPerChannel: number
+}
+
+/**
+ * Keys and values of many sequences: codes in pages, with the first `sinks` and last `window` tokens in full precision, and attention
+ * computed on the codes. New tokens enter in steps:
+ *
+ * ```ts
+ * using cache = new Cache({ codebook, queryHeads: 32, rotary: { kind: 'half', theta: 500000 } })
+ * const sequence = cache.sequence()
+ * using step = cache.begin([{ sequence, tokens: 1 }])
+ * for (let layer = 0; layer < cache.layers; layer++) {
+ *   const [output] = await step.attend(layer, [{ queries, keys, values }])
+ *   // ... the rest of the layer
+ * }
+ * step.commit()
+ * ```
+ */
+export class Cache {
+  readonly layers: number
+  readonly queryHeads: number
+  readonly kvHeads: number
+  readonly headDim: number
+  readonly sinks: number
+  /** Infinity: everything in full precision. */
+  readonly window: number
+  /** @internal */
+  readonly native: NativeCache
+
+  /**
+   * @throws {CoupletError} `ERR_COUPLET_CODEBOOK_MISMATCH` when the codebook and the other options disagree
+   * @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT`
+   */
+  constructor(options: CacheOptions) {
+    requireObject(options, 'options')
+    const { codebook, queryHeads, sinks = 4, threads, memory = Infinity, device, rotary } = options
+    if (codebook !== undefined && !(codebook instanceof Codebook)) throwExpected('a Codebook', 'codebook', codebook)
+    const { layers = codebook?.layers, kvHeads = codebook?.kvHeads, headDim = codebook?.headDim } = options
+    const { window = codebook === undefined ? Infinity : 32 } = options
+    requireInteger(layers, 'layers', 1)
+    requireInteger(kvHeads, 'kvHeads', 1)
+    requireInteger(headDim, 'headDim', 32, 256)
+    requireInteger(queryHeads, 'queryHeads', 1)
+    requireInteger(sinks, 'sinks', 0)
+    if (window !== Infinity) requireInteger(window, 'window', 0)
+    if (threads !== undefined) requireInteger(threads, 'threads', 0, 256)
+    if (memory !== Infinity) requireInteger(memory, 'memory', 1, Number.MAX_SAFE_INTEGER)
+    const attention = nativeLayers(options.layerOptions, layers, { queryHeads, headDim, rotary })
+    codebook?.check({ layers, kvHeads, headDim, ...(rotary && { rotary: rotarySpec(rotary, headDim) }) })
+
+    this.layers = layers
+    this.queryHeads = queryHeads
+    this.kvHeads = kvHeads
+    this.headDim = headDim
+    this.sinks = sinks
+    this.window = window
+    this.native = addon().createCache({
+      codebook: codebook && nativeCodebook(codebook, device),
+      ...attention,
+      config: {
+        layers,
+        queryHeads,
+        kvHeads,
+        headDim,
+        sinks,
+        window: window === Infinity ? -1 : window,
+        threads,
+        memory: memory === Infinity ? undefined : memory,
+      },
+      device,
+    })
+  }
+
+  /** An empty sequence. */
+  sequence(): Sequence {
+    return new Sequence(this, addon().createSequence(this.native))
+  }
+
+  /**
+   * Opens a step that adds new tokens to some sequences. All memory that it needs is reserved here. Until the step is committed or
+   * aborted its sequences refuse everything else with `ERR_COUPLET_BUSY`.
+   * @param rows each sequence once
+   * @throws {CoupletError} `ERR_COUPLET_CACHE_FULL` when `memory` does not suffice; nothing has changed then
+   */
+  begin(rows: readonly StepRow[], options: { prefill?: Prefill | undefined } = {}): Step {
+    requireObject(options, 'options')
+    const { prefill = 'exact' } = options
+    if (!['exact', 'coded'].includes(prefill)) throwExpected('"exact" or "coded"', 'prefill', prefill)
+    requireList(rows, 'rows')
+    const entries = rows.map((row) => {
+      requireObject(row, 'rows')
+      if (!(row.sequence instanceof Sequence)) throwExpected('a Sequence', 'sequence', row.sequence)
+      requireInteger(row.tokens, 'tokens', 0)
+      return { sequence: row.sequence, tokens: row.tokens }
+    })
+    const native = addon().beginStep({
+      cache: this.native,
+      rows: entries.map(({ sequence, tokens }) => ({ sequence: sequence.native, tokens })),
+      prefill,
+    })
+    return new Step(this, native, entries)
+  }
+
+  statistics(): CacheStatistics {
+    const statistics = addon().cacheStatistics(this.native)
+    return { ...statistics, budgetBytes: statistics.budgetBytes === 0 ? Infinity : statistics.budgetBytes }
+  }
+
+  /** Aborts open steps and frees all sequences. Using them afterwards throws `ERR_COUPLET_DISPOSED`. */
+  dispose(): void {
+    addon().disposeCache(this.native)
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+}
+
+/** The tokens of one text, conversation or beam. {@link Cache.sequence} makes one. */
+export class Sequence {
+  readonly cache: Cache
+  /** @internal */
+  readonly native: NativeSequence
+
+  /** @internal */
+  constructor(cache: Cache, native: NativeSequence) {
+    this.cache = cache
+    this.native = native
+  }
+
+  /** Tokens. */
+  get length(): number {
+    return addon().sequenceLength(this.native)
+  }
+
+  /** Another sequence with the same tokens. Their memory is shared until one of the two writes into it. */
+  fork(): Sequence {
+    return new Sequence(this.cache, addon().forkSequence(this.native))
+  }
+
+  /**
+   * Keeps the first `tokens` tokens, as after speculative decoding. A token that has left the window stays coded: when the cut goes into
+   * such tokens, the window holds fewer tokens in full precision until enough new ones have come.
+   */
+  truncate(tokens: number): void {
+    requireInteger(tokens, 'tokens', 0)
+    addon().truncateSequence(this.native, tokens)
+  }
+
+  /** Forgets all tokens. */
+  reset(): void {
+    this.truncate(0)
+  }
+
+  /** @throws {CoupletError} `ERR_COUPLET_BUSY` inside an open step */
+  dispose(): void {
+    addon().disposeSequence(this.native)
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+}
+
+/**
+ * New tokens of some sequences on their way through the layers: each layer once, in any order, one call at a time, then commit. The
+ * sequences are as before until commit, and stay so after abort. After an error in a layer the step can only be aborted.
+ */
+export class Step {
+  readonly cache: Cache
+  /** What {@link Cache.begin} was given. */
+  readonly rows: readonly Readonly<StepRow>[]
+  /** @internal */
+  readonly native: NativeStep
+
+  /** @internal */
+  constructor(cache: Cache, native: NativeStep, rows: readonly StepRow[]) {
+    this.cache = cache
+    this.native = native
+    this.rows = rows
+  }
+
+  /**
+   * Stores keys and values of the new tokens in one layer and lets their queries attend, causally, to all tokens of their sequence.
+   * The arrays are read and written in place while the promise is pending: do not change them, and do not transfer their buffers.
+   *
+   * @param rows one for each row of the step
+   * @returns float32 [tokens][queryHeads][headDim] for each row
+   * @throws {RangeError} `ERR_COUPLET_NOT_FINITE` for a NaN or an infinity, with `layer`, `kvHead`, `token` (its position) and `channel`
+   * @throws {CoupletError} `ERR_COUPLET_BUSY` while another layer is computed, `ERR_COUPLET_DISPOSED` after commit or abort
+   * @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT`
+   */
+  async attend(layer: number, rows: readonly AttendRow[], options: AttendOptions = {}): Promise<Float32Array[]> {
+    const call = this.#prepare(layer, rows, true)
+    requireObject(options, 'options')
+    await abortable(options.signal, (cancel) => addon().attendStep({ ...call, cancel }))
+    return outputsOf(call)
+  }
+
+  /** {@link attend}, blocking. */
+  attendSync(layer: number, rows: readonly AttendRow[], options: Record<string, never> = {}): Float32Array[] {
+    const call = this.#prepare(layer, rows, true)
+    refusePromiseOptions(options)
+    addon().attendStepSync(call)
+    return outputsOf(call)
+  }
+
+  /** Stores keys and values as {@link attend} does, without queries. */
+  async append(layer: number, rows: readonly AppendRow[], options: AttendOptions = {}): Promise<void> {
+    const call = this.#prepare(layer, rows, false)
+    requireObject(options, 'options')
+    await abortable(options.signal, (cancel) => addon().attendStep({ ...call, cancel }))
+  }
+
+  /** {@link append}, blocking. */
+  appendSync(layer: number, rows: readonly AppendRow[], options: Record<string, never> = {}): void {
+    const call = this.#prepare(layer, rows, false)
+    refusePromiseOptions(options)
+    addon().attendStepSync(call)
+  }
+
+  /**
+   * Makes the new tokens part of their sequences.
+   * @throws {RangeError} `ERR_COUPLET_INVALID_ARGUMENT` while a layer is missing, with `layer`
+   */
+  commit(): void {
+    addon().commitStep(this.native)
+  }
+
+  /** Forgets the new tokens, when the layer that is computed has ended (its promise rejects then). Does nothing after commit. */
+  abort(): void {
+    addon().abortStep(this.native)
+  }
+
+  /** abort(), unless the step has been committed. */
+  [Symbol.dispose](): void {
+    this.abort()
+  }
+
+  #prepare(layer: number, rows: readonly (AppendRow & Partial<AttendRow>)[], attends: boolean): NativeAttendArguments {
+    const { layers, queryHeads, kvHeads, headDim } = this.cache
+    requireInteger(layer, 'layer', 0, layers - 1)
+    requireList(rows, 'rows')
+    if (rows.length !== this.rows.length) throw rangeError(`Expected ${this.rows.length} entries for \`rows\` but received ${rows.length}`)
+    const entries = this.rows.map(({ tokens }, index) => {
+      const row = rows[index]
+      requireObject(row, 'rows')
+      const { keys, values, queries, out } = row as Partial<AttendRow>
+      const shape = `${tokens} tokens x ${kvHeads} kvHeads x ${headDim} headDim`
+      requireElements(keys, 'keys', tokens * kvHeads * headDim, shape)
+      requireElements(values, 'values', tokens * kvHeads * headDim, shape)
+      if (!attends) return { keys, values }
+      const elements = tokens * queryHeads * headDim
+      const queryShape = `${tokens} tokens x ${queryHeads} queryHeads x ${headDim} headDim`
+      requireElements(queries, 'queries', elements, queryShape)
+      if (out !== undefined) requireElements(out, 'out', elements, queryShape)
+      return { keys, values, queries, out: out ?? resultArray(undefined, Float32Array, elements) }
+    })
+    return { step: this.native, layer, rows: entries }
+  }
+}
+
+function outputsOf(call: NativeAttendArguments): Float32Array[] {
+  return call.rows.map(({ out }) => out as Float32Array)
+}
+
+function requireList(value: unknown, name: string): void {
+  if (!Array.isArray(value)) throwExpected('an array', name, value)
+}
+
+function requireElements(value: unknown, name: string, elements: number, shape: string): asserts value is Float32Array {
+  if (isArray(value, Float32Array) && value.length === elements) return
+  const message = `Expected a Float32Array of ${elements} elements (${shape}) for \`${name}\` but received ${describe(value)}`
+  throw ArrayBuffer.isView(value) ? rangeError(message) : typeError(message)
+}
+
+/** The tables of a codebook as a backend keeps them, shared by its caches. */
+const nativeCodebooks = new WeakMap<Codebook, Map<string, NativeCodebook>>()
+
+function nativeCodebook(codebook: Codebook, device = 'cpu'): NativeCodebook {
+  const { layers, kvHeads, headDim, keyCodec, valueCodec } = codebook
+  const everyLayer = Array.from({ length: layers }, (_, layer) => layer)
+  const keyTables = everyLayer.map((layer) => codebook.keyTable(layer)) // throws after dispose()
+  const held = nativeCodebooks.get(codebook) ?? new Map<string, NativeCodebook>()
+  nativeCodebooks.set(codebook, held)
+  let native = held.get(device)
+  if (native === undefined) {
+    const valueTables = everyLayer.map((layer) => codebook.valueTable(layer))
+    native = addon().createCodebook({ layers, kvHeads, headDim, keyCodec, valueCodec, keyTables, valueTables, device })
+    held.set(device, native)
+  }
+  return native
+}
+
+interface AttentionShape {
+  queryHeads: number
+  headDim: number
+  rotary: RotaryOption | undefined
+}
+
+function nativeLayers(
+  given: LayerOptions | readonly LayerOptions[] = {},
+  layers: number,
+  { queryHeads, headDim, rotary }: AttentionShape,
+): { layers: NativeLayerOptions[]; rotaries: NativeRotary[] } {
+  const rotaries = new Map<RotaryOption, NativeRotary>() // layers with the same object share its angles
+  const indexOf = (option: RotaryOption | undefined): number | undefined => {
+    if (option === undefined || option === null) return undefined
+    if (!rotaries.has(option)) rotaries.set(option, nativeRotary(option, headDim))
+    return [...rotaries.keys()].indexOf(option)
+  }
+  const options = Array.isArray(given) ? (given as readonly LayerOptions[]) : Array.from({ length: layers }, () => given as LayerOptions)
+  if (options.length !== layers) throw rangeError(`Expected ${layers} entries for \`layerOptions\` but received ${options.length}`)
+  const entries = options.map((layer) => {
+    requireObject(layer, 'layerOptions')
+    const { scale, softcap, localWindow, headSinks } = layer
+    if (scale !== undefined) requirePositive(scale, 'scale')
+    if (softcap !== undefined && softcap !== 0) requirePositive(softcap, 'softcap')
+    if (localWindow !== undefined) requireInteger(localWindow, 'localWindow', 0)
+    if (headSinks !== undefined) requireElements(headSinks, 'headSinks', queryHeads, `${queryHeads} queryHeads`)
+    return { scale, softcap, localWindow, headSinks, rotary: indexOf(layer.rotary === undefined ? rotary : layer.rotary) }
+  })
+  return { layers: entries, rotaries: [...rotaries.values()] }
+}
+
+function requirePositive(value: unknown, name: string): void {
+  if (typeof value !== 'number' || !(value > 0) || value === Infinity) throwExpected('a number above 0', name, value)
+}
+
+function nativeRotary(option: NonNullable<RotaryOption>, headDim: number): NativeRotary {
+  requireObject(option, 'rotary')
+  const { kind, dim = headDim } = option
+  if (!['half', 'interleaved'].includes(kind)) throwExpected('"half" or "interleaved"', 'kind', kind)
+  requireInteger(dim, 'dim', 2, headDim)
+  if (dim % 2 !== 0) throwExpected('an even integer', 'dim', dim)
+  if (!('cos' in option)) {
+    const { theta, positions = defaultPositions } = option
+    requirePositive(theta, 'theta')
+    requireInteger(positions, 'positions', 1, int32Max)
+    return { kind, dim, theta, positions }
+  }
+  const { cos, sin } = option
+  requireArray(cos, 'cos', Float32Array, dim / 2)
+  const positions = cos.length / (dim / 2)
+  if (!Number.isInteger(positions)) throwExpected(`a Float32Array of rows of ${dim / 2} elements`, 'cos', cos)
+  requireElements(sin, 'sin', cos.length, 'as many as `cos`')
+  return { kind, dim, positions, cos, sin }
+}
+
+/** What a codebook may have been learned for. */
+function rotarySpec(option: NonNullable<RotaryOption>, headDim: number): RotarySpec {
+  const { kind, dim = headDim } = option
+  return 'cos' in option ? { kind, dim } : { kind, dim, theta: option.theta }
+}

@@ -180,6 +180,53 @@ void test_extremes(Random& random) {
   }
 }
 
+// The bytes themselves, from data that needs no rounding to make: other processors and later versions must pack these.
+void test_golden() {
+  struct {
+    couplet_codec codec;
+    uint64_t hash;
+  } const cases[] = {{{8, 8}, 0x940c249e1fc4592b}, {{8, 10}, 0xaddf734d23bccfe5}, {{4, 8}, 0x01d9152297627239}, {{2, 3}, 0x6489c680845878f0}, {{1, 1}, 0x01b9f718ce5cd9df}, {{16, 12}, 0x54763764184b9aba}};
+  for (auto const& golden : cases)
+    for (int32_t step : {1, 7, 100}) {  // tokens of a call
+      Random random(20);
+      auto const number = [&] { return static_cast<float>(static_cast<int64_t>(random.next() >> 44) - (1 << 19)) * 0x1p-18f; };
+      Shape shape = {.codec = golden.codec, .kv_heads = 2, .head_dim = 32, .tokens = 100};
+      std::vector<float> centroids(table_floats(shape));
+      for (float& value : centroids) value = number();
+      Table const table = make_table(shape, centroids);
+      std::vector<float> rows(100 * 2 * 32);
+      for (float& value : rows) value = number();
+      int64_t const page_bytes = couplet_page_bytes(shape.codec, shape.head_dim, shape.page_tokens);
+      std::vector<uint8_t> memory(static_cast<size_t>(2 * 2 * page_bytes));
+      uint8_t* const pages[] = {memory.data(), memory.data() + 2 * page_bytes};
+      for (int32_t token = 0; token < 100; token += step) {
+        couplet_encode_params const params = {
+            .rows = rows.data() + token * 64,
+            .table = table.get(),
+            .pages = pages,
+            .token_stride = 64,
+            .head_stride = 32,
+            .page_offset = 0,
+            .page_stride = page_bytes,
+            .first_token = token,
+            .tokens = std::min(step, 100 - token),
+            .kv_heads = 2,
+            .head_dim = 32,
+            .page_tokens = shape.page_tokens,
+            .dtype = COUPLET_FLOAT32,
+            .threads = 1,
+            .codec = shape.codec,
+        };
+        couplet_report report{};
+        CHECK(couplet::cpu::encode_entries.run(&params, nullptr, nullptr, &report) == COUPLET_OK, "%s", report.detail);
+      }
+      uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a
+      for (uint8_t byte : memory) hash = (hash ^ byte) * 0x100000001b3u;
+      CHECK(hash == golden.hash, "%dc%db, %d tokens a call: 0x%016llx", shape.codec.group_channels, shape.codec.code_bits,
+            step, static_cast<unsigned long long>(hash));
+    }
+}
+
 void test_not_finite(Random& random) {
   for (int trial = 0; trial < 200; ++trial) {
     Shape shape = random_shape(random);
@@ -343,6 +390,7 @@ int main() {
   test_token_counts(random);
   test_ties(random);
   test_extremes(random);
+  test_golden();
   test_not_finite(random);
   std::printf("%lld codes, %lld of them inside the rounding margin\n", static_cast<long long>(codes_checked),
               static_cast<long long>(codes_in_margin));

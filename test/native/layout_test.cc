@@ -52,6 +52,7 @@ void test_sizes() {
       {{2, 8}, 128, 64, 4096}, {{4, 8}, 128, 64, 2048},  {{8, 10}, 128, 80, 1280}, {{8, 8}, 128, 64, 1024},
       {{1, 3}, 128, 24, 3072}, {{16, 12}, 128, 96, 768}, {{1, 1}, 128, 8, 1024},   {{7, 5}, 56, 40, 320},
       {{3, 5}, 24, 40, 320},   {{5, 3}, 40, 24, 192},    {{8, 1}, 8, 8, 64},
+      {{8, 10}, 80, 80, 832}, {{40, 3}, 80, 24, 64},
   };
   for (auto const& c : cases) {
     CHECK(couplet_row_bytes(c.codec, COUPLET_PAGE_TOKENS) == c.row_bytes, "%dc%db", c.codec.group_channels,
@@ -64,6 +65,20 @@ void test_sizes() {
             !couplet_codec_valid({-8, 8}, 128),
         "codecs that must be refused");
   CHECK(couplet_codec_valid({256, 12}, 256) && couplet_codec_valid({1, 1}, 8), "codecs at the limits");
+}
+
+// The bytes that docs/layout.md draws.
+void test_examples() {
+  uint16_t const tens[8] = {0x155, 0x2aa, 0x001, 0x3ff};
+  uint8_t const ten_bytes[] = {0x55, 0xa9, 0x1a, 0xc0, 0xff};
+  uint8_t row[10];
+  couplet::cpu::pack_codes(row, 10, 0, 8, tens);
+  CHECK(std::memcmp(row, ten_bytes, sizeof ten_bytes) == 0, "10 bits: %02x %02x %02x %02x %02x", row[0], row[1], row[2],
+        row[3], row[4]);
+  uint16_t const threes[8] = {1, 2, 3, 4, 5, 6, 7, 0};
+  uint8_t const three_bytes[] = {0xd1, 0x58, 0x1f};
+  couplet::cpu::pack_codes(row, 3, 0, 8, threes);
+  CHECK(std::memcmp(row, three_bytes, sizeof three_bytes) == 0, "3 bits: %02x %02x %02x", row[0], row[1], row[2]);
 }
 
 void test_half() {
@@ -103,6 +118,7 @@ int main() {
   for (int bits = 1; bits <= COUPLET_MAX_CODE_BITS; ++bits)
     for (int page_tokens : {8, 16, 64, 104, 256}) test_pack(bits, page_tokens, random);
   test_sizes();
+  test_examples();
   test_half();
   return couplet::test::finish();
 }

@@ -8,7 +8,7 @@
 #include "half.h"
 
 #if defined(__AVX2__)
-#include <immintrin.h>
+#include "intrinsics.h"
 #endif
 
 namespace couplet::cpu::COUPLET_ISA {

@@ -185,11 +185,14 @@ void test_golden() {
   struct {
     couplet_codec codec;
     uint64_t hash;
-  } const cases[] = {{{8, 8}, 0x940c249e1fc4592b}, {{8, 10}, 0xaddf734d23bccfe5}, {{4, 8}, 0x01d9152297627239}, {{2, 3}, 0x6489c680845878f0}, {{1, 1}, 0x01b9f718ce5cd9df}, {{16, 12}, 0x54763764184b9aba}};
+  } const cases[] = {{{8, 8}, 0x940c249e1fc4592b}, {{8, 10}, 0xaddf734d23bccfe5}, {{4, 8}, 0x01d9152297627239},
+                     {{2, 3}, 0x6489c680845878f0}, {{1, 1}, 0x01b9f718ce5cd9df},  {{16, 12}, 0x54763764184b9aba}};
   for (auto const& golden : cases)
     for (int32_t step : {1, 7, 100}) {  // tokens of a call
       Random random(20);
-      auto const number = [&] { return static_cast<float>(static_cast<int64_t>(random.next() >> 44) - (1 << 19)) * 0x1p-18f; };
+      auto const number = [&] {
+        return static_cast<float>(static_cast<int64_t>(random.next() >> 44) - (1 << 19)) * 0x1p-18f;
+      };
       Shape shape = {.codec = golden.codec, .kv_heads = 2, .head_dim = 32, .tokens = 100};
       std::vector<float> centroids(table_floats(shape));
       for (float& value : centroids) value = number();
@@ -222,8 +225,8 @@ void test_golden() {
       }
       uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a
       for (uint8_t byte : memory) hash = (hash ^ byte) * 0x100000001b3u;
-      CHECK(hash == golden.hash, "%dc%db, %d tokens a call: 0x%016llx", shape.codec.group_channels, shape.codec.code_bits,
-            step, static_cast<unsigned long long>(hash));
+      CHECK(hash == golden.hash, "%dc%db, %d tokens a call: 0x%016llx", shape.codec.group_channels,
+            shape.codec.code_bits, step, static_cast<unsigned long long>(hash));
     }
 }
 

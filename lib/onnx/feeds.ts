@@ -1,0 +1,51 @@
+/** The inputs of a decoder graph for a batch of rows, padded on the left to a common number of columns. */
+import type { NativeFeed } from '../native/onnxruntime'
+
+export interface BatchRow {
+  /** Tokens that the sequence has already. */
+  readonly past: number
+  readonly tokens: ArrayLike<number | bigint>
+}
+
+/** Inputs that couplet knows how to feed; a graph with another one is refused. */
+export const knownInputs = ['input_ids', 'attention_mask', 'position_ids', 'num_logits_to_keep'] as const
+export type KnownInput = (typeof knownInputs)[number]
+
+export function isKnownInput(name: string): name is KnownInput {
+  return knownInputs.some((known) => known === name)
+}
+
+/** Feeds of the named inputs. `lastOnly`: only the logits of the last column are wanted. */
+export function feedsOf(names: readonly KnownInput[], rows: readonly BatchRow[], lastOnly: boolean): NativeFeed[] {
+  const columns = Math.max(...rows.map(({ tokens }) => tokens.length))
+  const makers: Record<KnownInput, () => Pick<NativeFeed, 'dims' | 'data'>> = {
+    input_ids: () => matrix(rows, columns, ({ tokens }, data, end) => {
+      for (let i = 0; i < tokens.length; i++) data[end - tokens.length + i] = BigInt(tokens[i]!)
+    }),
+    // Past and new tokens both end where their columns end, so that the ones of a row count its tokens.
+    attention_mask: () => {
+      const pastColumns = Math.max(...rows.map(({ past }) => past))
+      return matrix(rows, pastColumns + columns, ({ past, tokens }, data, end) => {
+        data.fill(1n, end - tokens.length, end)
+        data.fill(1n, end - columns - past, end - columns)
+      })
+    },
+    // Padding stands at position 0: it is looked up like any other, and then read by nobody.
+    position_ids: () => matrix(rows, columns, ({ past, tokens }, data, end) => {
+      for (let i = 0; i < tokens.length; i++) data[end - tokens.length + i] = BigInt(past + i)
+    }),
+    num_logits_to_keep: () => ({ dims: [], data: BigInt64Array.of(lastOnly ? 1n : 0n) }),
+  }
+  return names.map((name) => ({ name, ...makers[name]() }))
+}
+
+/** int64 [rows][columns], zero but for what `fill` writes in each row; `end` is the index after the row's last element. */
+function matrix(
+  rows: readonly BatchRow[],
+  columns: number,
+  fill: (row: BatchRow, data: BigInt64Array, end: number) => void,
+): Pick<NativeFeed, 'dims' | 'data'> {
+  const data = new BigInt64Array(rows.length * columns)
+  rows.forEach((row, index) => fill(row, data, (index + 1) * columns))
+  return { dims: [rows.length, columns], data }
+}

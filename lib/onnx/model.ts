@@ -1,0 +1,302 @@
+import { readFile, stat } from 'node:fs/promises'
+import { availableParallelism } from 'node:os'
+import { dirname, join, resolve } from 'node:path'
+
+import { requireInteger, requireObject } from '../arguments'
+import type { Sequence } from '../cache'
+import { Cache } from '../cache'
+import type { Codebook, RotarySpec } from '../codebook'
+import { CoupletError, disposedError, throwExpected } from '../errors'
+import { addon } from '../native/addon'
+import { abortable } from '../native/call'
+import type { NativeOutput, NativeSession } from '../native/onnxruntime'
+import { Capture } from './capture'
+import type { BatchRow, KnownInput } from './feeds'
+import { feedsOf, isKnownInput, knownInputs } from './feeds'
+import { fingerprintFiles } from './fingerprint'
+import { openOnnxruntime } from './library'
+import type { Model } from './proto'
+import { decodeModel, decodeTensor, encodeModel } from './proto'
+import type { AttentionLayer } from './rewrite'
+import { rewriteAttention, runInput } from './rewrite'
+
+export interface DecoderModelOptions {
+  /** Codes keys and values; without it the cache keeps them in full precision. */
+  codebook?: Codebook
+  /** Last tokens of a sequence kept in full precision; default 32, and all of them without a codebook. */
+  window?: number
+  /** First tokens of a sequence kept in full precision; default 4. */
+  sinks?: number
+  /** Bytes that the cache may take; default no limit. */
+  memory?: number
+  /** Threads of attention and of onnxruntime's operators; default all cores. */
+  threads?: number
+  /** The module onnxruntime-node, or the path of its folder, when it has to be that copy. */
+  onnxruntime?: unknown
+}
+
+export interface ModelShape {
+  readonly layers: number
+  readonly queryHeads: number
+  readonly kvHeads: number
+  readonly headDim: number
+  /** Of the first layer that rotates; null when none does. */
+  readonly rotary: RotarySpec | null
+}
+
+export interface ModelRow {
+  sequence: Sequence
+  /** New tokens, at least one. */
+  tokens: ArrayLike<number | bigint>
+}
+
+export interface ModelRunOptions {
+  /** How new tokens meet each other: in full precision, or as if they had come one by one. Default 'exact'. */
+  prefill?: 'exact' | 'coded'
+  /** Adds keys and values of the new tokens to a sample. */
+  capture?: Capture
+  /** Rejects with its reason; the sequences are then as before the call. */
+  signal?: AbortSignal
+  /** Logits of every column, or of the last one only. Default 'all'. */
+  logits?: 'all' | 'last'
+}
+
+export interface ModelTensor {
+  readonly dims: readonly number[]
+  /** A Uint16Array holds the bits of float16, a Uint8Array booleans too. */
+  readonly data: OutputArray
+}
+
+export interface ModelRunResult {
+  /** float32 [rows][columns][vocabulary]: columns is 1, or that of the longest row, whose tokens are the last ones of each row. */
+  logits: Float32Array
+  /** [rows, columns, vocabulary] */
+  dims: number[]
+  /** Other outputs of the graph, as it gives them. */
+  outputs: Record<string, ModelTensor>
+}
+
+type ModelParts = Pick<DecoderModel, 'shape' | 'fingerprint' | 'cache' | 'inputNames' | 'vocabulary'> & { outputNames: readonly string[] }
+
+/**
+ * A decoder graph whose attention runs on couplet's cache, in an onnxruntime session of its own. The graph is an ONNX file with
+ * com.microsoft.GroupQueryAttention nodes; the file on disk is not changed.
+ */
+export class DecoderModel {
+  readonly shape: ModelShape
+  /** "sha256:..." over the graph and all its weights. */
+  readonly fingerprint: string
+  readonly cache: Cache
+  /** Inputs that the rewritten graph still has; `run` makes all of them. */
+  readonly inputNames: readonly string[]
+  /** Tokens the model knows, as far as the graph says. */
+  readonly vocabulary: number | undefined
+  readonly #outputNames: readonly string[]
+  #session: NativeSession | undefined
+
+  private constructor(session: NativeSession, parts: ModelParts) {
+    this.#session = session
+    this.#outputNames = parts.outputNames
+    this.shape = parts.shape
+    this.fingerprint = parts.fingerprint
+    this.cache = parts.cache
+    this.inputNames = parts.inputNames
+    this.vocabulary = parts.vocabulary
+  }
+
+  /**
+   * @param path an .onnx file, or a folder that has onnx/model.onnx or model.onnx.
+   * @throws {CoupletError} `ERR_COUPLET_UNSUPPORTED_MODEL` for a graph whose attention cannot be replaced, with the reason;
+   *   `ERR_COUPLET_ONNXRUNTIME` when onnxruntime-node is missing, unsuitable or refuses the graph;
+   *   `ERR_COUPLET_CODEBOOK_MISMATCH` for the codebook of another model.
+   */
+  static async load(path: string, options: DecoderModelOptions = {}): Promise<DecoderModel> {
+    if (typeof path !== 'string') throwExpected('a path', 'path', path)
+    requireObject(options, 'options')
+    const { codebook, threads = 0 } = options
+    requireInteger(threads, 'threads', 0, 256)
+    const { library } = openOnnxruntime(options.onnxruntime)
+    const file = await findModel(path)
+    const folder = dirname(file)
+    const graph = await readGraph(file)
+    const files = [file, ...externalFiles(graph).map((name) => join(folder, name))]
+    const layers = await rewriteAttention(graph, folder)
+    const ports = describeGraph(graph)
+
+    const [session, fingerprint] = await Promise.all([
+      addon().createSession({ library, model: encodeModel(graph), folder, threads: threads === 0 ? availableParallelism() : threads }),
+      fingerprintFiles(files).catch((cause: unknown) => {
+        throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `The weights of "${file}" cannot be read: ${String(cause)}`, { cause })
+      }),
+    ])
+    try {
+      const shape = shapeOf(layers)
+      codebook?.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
+      const cache = createCache(shape, layers, options)
+      return new DecoderModel(session, { shape, fingerprint, cache, ...ports })
+    } catch (error) {
+      addon().disposeSession(session)
+      throw error
+    }
+  }
+
+  /** An empty sequence of this model's cache. */
+  sequence(): Sequence {
+    return this.cache.sequence()
+  }
+
+  /**
+   * Runs new tokens of some sequences, each sequence once. Runs of other sequences may overlap.
+   * @returns logits that follow each new token (or the last one of each row).
+   * @throws {CoupletError} `ERR_COUPLET_CACHE_FULL`, `ERR_COUPLET_BUSY` for a sequence that another run works on,
+   *   `ERR_COUPLET_ONNXRUNTIME`; whatever happens, a run that fails leaves its sequences as they were.
+   */
+  async run(rows: readonly ModelRow[], options: ModelRunOptions = {}): Promise<ModelRunResult> {
+    const session = this.#session
+    if (session === undefined) throw disposedError('model')
+    requireObject(options, 'options')
+    const { prefill = 'exact', capture, signal, logits = 'all' } = options
+    if (!['all', 'last'].includes(logits)) throwExpected('"all" or "last"', 'logits', logits)
+    if (capture !== undefined && !(capture instanceof Capture)) throwExpected('a Capture', 'capture', capture)
+    this.#checkRows(rows)
+    if (rows.length === 0) return { logits: new Float32Array(0), dims: [0, 0, this.vocabulary ?? 0], outputs: {} }
+    signal?.throwIfAborted()
+
+    const batch: BatchRow[] = rows.map(({ sequence, tokens }) => ({ past: sequence.length, tokens }))
+    const step = this.cache.begin(rows.map(({ sequence, tokens }) => ({ sequence, tokens: tokens.length })), { prefill })
+    try {
+      const outputs = await abortable(signal, (cancel) => {
+        const interrupt = (): void => { if (cancel) addon().interruptSession(session, cancel) }
+        signal?.addEventListener('abort', interrupt, { once: true })
+        const running = addon().runSession({
+          session,
+          step: step.native,
+          capture: capture?.native,
+          cancel,
+          feeds: feedsOf(this.inputNames as KnownInput[], batch, logits === 'last'),
+          outputs: [...this.#outputNames],
+          logits: 'logits',
+          lastColumn: logits === 'last',
+        })
+        return running.finally(() => signal?.removeEventListener('abort', interrupt))
+      })
+      step.commit()
+      return resultOf(outputs)
+    } finally {
+      step[Symbol.dispose]()
+    }
+  }
+
+  /** Frees the session and the cache; runs under way end first. */
+  dispose(): void {
+    if (this.#session === undefined) return
+    addon().disposeSession(this.#session)
+    this.#session = undefined
+    this.cache.dispose()
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+
+  #checkRows(rows: readonly ModelRow[]): void {
+    if (!Array.isArray(rows)) throwExpected('an array of rows', 'rows', rows)
+    const most = BigInt(this.vocabulary ?? 2 ** 31)
+    for (const row of rows as readonly (ModelRow | undefined)[]) {
+      requireObject(row, 'rows')
+      const { tokens } = row
+      if (!((tokens as ModelRow['tokens'] | undefined)?.length ?? 0)) throwExpected('at least one token', 'tokens', tokens)
+      for (let i = 0; i < tokens.length; i++) {
+        const token = tokens[i]!
+        const isId = (typeof token === 'bigint' || Number.isInteger(token)) && token >= 0 && token < most
+        if (!isId) throwExpected(`token ids from 0 to ${most - 1n}`, `tokens[${i}]`, token)
+      }
+    }
+  }
+}
+
+async function findModel(path: string): Promise<string> {
+  const candidates = [path, join(path, 'onnx', 'model.onnx'), join(path, 'model.onnx')].map((candidate) => resolve(candidate))
+  for (const candidate of candidates) {
+    const found = await stat(candidate).catch(() => undefined)
+    if (found?.isFile()) return candidate
+  }
+  throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `There is no model at ${candidates.join(', ')}`)
+}
+
+async function readGraph(file: string): Promise<Model> {
+  try {
+    return decodeModel(await readFile(file))
+  } catch (cause) {
+    throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `"${file}" cannot be read as an ONNX model: ${(cause as Error).message}`, { cause })
+  }
+}
+
+/** Files beside the model that hold weights, in a fixed order. */
+function externalFiles({ initializers }: Model): string[] {
+  const locations = Array.from(initializers.values(), (bytes) => decodeTensor(bytes))
+    .filter(({ dataLocation }) => dataLocation === 1)
+    .map(({ externalData }) => externalData.find(({ key }) => key === 'location')?.value ?? '')
+  return [...new Set(locations)].sort()
+}
+
+/** Inputs and outputs of a rewritten graph, if they are a decoder's. */
+function describeGraph({ graph }: Model): { inputNames: string[]; outputNames: string[]; vocabulary: number | undefined } {
+  const inputNames = graph.input.map(({ name }) => name).filter((name) => name !== runInput)
+  const unknown = inputNames.find((name) => !isKnownInput(name))
+  if (unknown !== undefined || !inputNames.includes('input_ids')) {
+    const problem = unknown === undefined ? 'the graph has no input "input_ids"' : `the graph has the input "${unknown}"`
+    throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `Cannot run this model: ${problem}; couplet feeds ${knownInputs.join(', ')}`)
+  }
+  const logits = graph.output.find(({ name }) => name === 'logits')
+  if (!logits) throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', 'Cannot run this model: the graph has no output "logits"')
+  const vocabulary = Number(logits.type?.tensorType?.shape?.dim.at(-1)?.dimValue ?? 0)
+  return { inputNames, outputNames: graph.output.map(({ name }) => name), vocabulary: vocabulary > 0 ? vocabulary : undefined }
+}
+
+function shapeOf(layers: readonly AttentionLayer[]): ModelShape {
+  const { queryHeads, kvHeads, headDim } = layers[0]!
+  const tables = layers.find(({ rotary }) => rotary)?.rotary
+  const scaling = tables?.theta === undefined ? { scaled: true } : { theta: tables.theta }
+  return { layers: layers.length, queryHeads, kvHeads, headDim, rotary: tables ? { kind: tables.kind, dim: tables.dim, ...scaling } : null }
+}
+
+function createCache(shape: ModelShape, layers: readonly AttentionLayer[], { codebook, window, sinks, memory, threads }: DecoderModelOptions): Cache {
+  const { queryHeads, kvHeads, headDim } = shape
+  return new Cache({
+    ...(codebook && { codebook }),
+    layers: shape.layers,
+    queryHeads,
+    kvHeads,
+    headDim,
+    ...(sinks !== undefined && { sinks }),
+    window: window ?? (codebook ? 32 : Infinity),
+    ...(memory !== undefined && { memory }),
+    ...(threads !== undefined && { threads }),
+    layerOptions: layers.map(({ scale, softcap, localWindow, headSinks, rotary }) => ({
+      ...(scale !== 0 && { scale }),
+      softcap,
+      localWindow,
+      ...(headSinks && { headSinks }),
+      rotary,
+    })),
+  })
+}
+
+function resultOf(outputs: readonly NativeOutput[]): ModelRunResult {
+  const result: ModelRunResult = { logits: new Float32Array(0), dims: [], outputs: {} }
+  for (const { name, type, dims, data } of outputs) {
+    if (name === 'logits') Object.assign(result, { logits: new Float32Array(data), dims })
+    else result.outputs[name] = { dims, data: new (outputArrays[type] ?? Uint8Array)(data) }
+  }
+  return result
+}
+
+export type OutputArray =
+  | Float32Array | Float64Array | Int8Array | Uint8Array | Int16Array | Uint16Array | Int32Array | Uint32Array | BigInt64Array | BigUint64Array
+
+/** By TensorProto.DataType. */
+const outputArrays: Record<number, new (data: ArrayBuffer) => OutputArray> = {
+  1: Float32Array, 2: Uint8Array, 3: Int8Array, 4: Uint16Array, 5: Int16Array, 6: Int32Array, 7: BigInt64Array, 9: Uint8Array,
+  10: Uint16Array, 11: Float64Array, 12: Uint32Array, 13: BigUint64Array,
+}

@@ -1,0 +1,52 @@
+/** Reads the constants of a graph that couplet needs itself: rotary tables and attention sinks. */
+import { open } from 'node:fs/promises'
+import { isAbsolute, join, normalize } from 'node:path'
+
+import { CoupletError } from '../errors'
+import { float32FromFloat16 } from '../float16'
+import type { TensorProto } from './proto'
+import { DataType, unpackInt32 } from './proto'
+
+/**
+ * The elements of a constant tensor as float32.
+ * @param folder where files of external data lie; undefined when the model came without one.
+ * @throws CoupletError ERR_COUPLET_UNSUPPORTED_MODEL for another element type or data that is not there.
+ */
+export async function readFloats(tensor: TensorProto, folder: string | undefined): Promise<Float32Array> {
+  const elements = tensor.dims.reduce((product, dim) => product * Number(dim), 1)
+  const fail = (reason: string): never => {
+    throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `Expected tensor "${tensor.name}" of the model to hold ${elements} floats but ${reason}`)
+  }
+  const elementBytes = new Map<number, number>([[DataType.float, 4], [DataType.float16, 2], [DataType.bfloat16, 2]]).get(tensor.dataType)
+  if (elementBytes === undefined) return fail(`its element type is ${tensor.dataType}`)
+
+  let bytes = tensor.rawData
+  if (tensor.dataLocation === 1) bytes = await readExternal(tensor, folder, elements * elementBytes, fail)
+  else if (tensor.floatData.length > 0) bytes = tensor.floatData
+  else if (tensor.int32Data.length > 0) bytes = new Uint8Array(Uint16Array.from(unpackInt32(tensor.int32Data)).buffer)
+  if (bytes.length !== elements * elementBytes) return fail(`it holds ${bytes.length} bytes`)
+
+  // A copy starts at an aligned address; ONNX and every platform of Node are little-endian.
+  const { buffer } = bytes.slice()
+  if (tensor.dataType === DataType.float) return new Float32Array(buffer)
+  const halves = new Uint16Array(buffer)
+  return tensor.dataType === DataType.float16 ? float32FromFloat16(halves) : new Float32Array(Uint32Array.from(halves, (half) => half << 16).buffer)
+}
+
+async function readExternal(tensor: TensorProto, folder: string | undefined, length: number, fail: (reason: string) => never): Promise<Uint8Array> {
+  const place = new Map(tensor.externalData.map(({ key, value }) => [key, value]))
+  const location = normalize(place.get('location') ?? '')
+  if (folder === undefined || location === '' || isAbsolute(location) || location.startsWith('..')) {
+    return fail(`its external data "${location}" is not in the folder of the model`)
+  }
+  const bytes = new Uint8Array(length)
+  try {
+    await using file = await open(join(folder, location))
+    const { bytesRead } = await file.read(bytes, 0, length, Number(place.get('offset') ?? 0))
+    if (bytesRead !== length) return fail(`"${location}" ends after ${bytesRead} of ${length} bytes`)
+  } catch (error) {
+    if (error instanceof CoupletError) throw error
+    return fail(`"${location}" cannot be read: ${(error as Error).message}`)
+  }
+  return bytes
+}

@@ -25,7 +25,6 @@ const definitions = new Map([
   ['COUPLET_ADDON', 'ON'],
   ['COUPLET_TESTS', 'OFF'],
   ['COUPLET_BENCH', 'OFF'],
-  ['COUPLET_WERROR', 'ON'],
   ['SANITIZE', ''],
 ])
 if (onPath('ccache')) definitions.set('CMAKE_CXX_COMPILER_LAUNCHER', 'ccache')

@@ -13,7 +13,7 @@ import { root, step } from './setup.mjs'
 /** @returns {{ passed: number, failed: number }} */
 export function nativeTests({ config = 'Release', out, under = '', definitions = [] } = {}) {
   const place = ['--config', config, ...(out ? ['--out', out] : [])]
-  const build = ['scripts/build.mjs', ...place, '--', '-DCOUPLET_TESTS=ON', ...definitions]
+  const build = ['scripts/build.mjs', ...place, '--', '-DCOUPLET_TESTS=ON', '-DCOUPLET_WERROR=ON', ...definitions]
   step('building the addon and the native tests', process.execPath, build)
   const folder = resolve(root, out ?? join('build-cmake', config))
   const [launcher, ...prefix] = under.split(' ').filter(Boolean)

@@ -13,7 +13,7 @@ export function mochaTests(argv) {
   const folder = mkdtempSync(join(tmpdir(), 'couplet-test-'))
   const counts = join(folder, 'counts.json')
   // Files on the command line would add to the configured ones, not replace them.
-  const config = argv.some((argument) => argument.endsWith('.ts')) ? ['--no-config', '--import', 'tsx', '--forbid-only'] : []
+  const config = argv.some((argument) => argument.endsWith('.ts')) ? ['--no-config', '--import=tsx', '--forbid-only', '--timeout=20000'] : []
   const command = ['node_modules/mocha/bin/mocha.js', ...config, '--reporter', 'scripts/mocha-reporter.cjs', ...argv]
   const env = { ...process.env, COUPLET_TEST_COUNTS: counts }
   const { status, signal } = spawnSync(process.execPath, command, { stdio: 'inherit', cwd: root, env })

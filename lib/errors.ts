@@ -22,6 +22,9 @@ export interface ErrorPlace {
   kvHead?: number
   token?: number
   channel?: number
+  /** Of kmeans: the problem, and the point in it. */
+  problem?: number
+  point?: number
 }
 
 /**
@@ -37,12 +40,14 @@ export class CoupletError extends Error {
   declare readonly kvHead?: number
   declare readonly token?: number
   declare readonly channel?: number
+  declare readonly problem?: number
+  declare readonly point?: number
 
   constructor(code: CoupletErrorCode, message: string, options: ErrorOptions & ErrorPlace = {}) {
-    const { layer, kvHead, token, channel, ...errorOptions } = options
-    super(message, errorOptions)
+    const { cause, ...place } = options
+    super(message, cause === undefined ? undefined : { cause })
     this.code = code
-    Object.assign(this, present({ layer, kvHead, token, channel }))
+    Object.assign(this, place)
   }
 
   static override [Symbol.hasInstance](value: unknown): value is CoupletError {
@@ -100,8 +105,4 @@ function isDetached(buffer: ArrayBufferLike): boolean {
   } catch {
     return true
   }
-}
-
-function present(members: ErrorPlace): ErrorPlace {
-  return Object.fromEntries(Object.entries(members).filter(([, value]) => value !== undefined))
 }

@@ -1,4 +1,5 @@
 import { extent, requireArray, requireInteger, requireObject, resultArray } from './arguments'
+import { throwExpected } from './errors'
 import { addon } from './native/addon'
 import { abortable, refusePromiseOptions } from './native/call'
 import type { NativeKmeansArguments } from './native/operations'
@@ -78,12 +79,13 @@ export interface KmeansResult {
  * do not transfer its buffer, before then. docs/algorithm.md has the details (empty clusters, equal points, zero weights).
  *
  * @param points float32 [problems][points][channels], or as `layout` says
- * @throws {RangeError} `ERR_COUPLET_NOT_FINITE` for a NaN or an infinity in points or weights
+ * @throws {RangeError} `ERR_COUPLET_NOT_FINITE` with problem, point and channel, for a NaN or an infinity in points or weights
  * @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT`
  */
 export async function kmeans(points: Float32Array, options: KmeansOptions): Promise<KmeansResult> {
   const call = prepare(points, options)
   const { onProgress } = options
+  if (onProgress !== undefined && typeof onProgress !== 'function') throwExpected('a function', 'onProgress', onProgress)
   await abortable(options.signal, (cancel) =>
     addon().kmeans({
       ...call,
@@ -102,44 +104,46 @@ export function kmeansSync(points: Float32Array, options: KmeansSyncOptions): Km
   return resultOf(call)
 }
 
-function prepare(values: Float32Array, options: KmeansSyncOptions): NativeKmeansArguments {
+function prepare(points: Float32Array, options: KmeansSyncOptions): NativeKmeansArguments {
   requireObject(options, 'options')
-  const { problems, points, channels, centroids, weights, iterations = 100, tolerance = 1e-6, seed = 0, threads, layout = {}, device } = options
+  const { problems, points: pointCount, channels, centroids: centroidCount, weights, iterations: maxIterations = 100 } = options
+  const { tolerance = 1e-6, seed = 0, threads, layout = {}, device } = options
   requireInteger(problems, 'problems', 1)
-  requireInteger(points, 'points', 0)
+  requireInteger(pointCount, 'points', 1)
   requireInteger(channels, 'channels', 1, 32)
-  requireInteger(centroids, 'centroids', 1, 4096)
+  requireInteger(centroidCount, 'centroids', 1, 4096)
+  requireInteger(maxIterations, 'iterations', 0)
   requireObject(layout, 'layout')
-  const { problemStride = points * channels, pointStride = channels, weightPointStride = 1, weightSharing = 1 } = layout
+  const { problemStride = pointCount * channels, pointStride = channels, weightPointStride = 1, weightSharing = 1 } = layout
   requireInteger(problemStride, 'problemStride', 0, Number.MAX_SAFE_INTEGER)
   requireInteger(pointStride, 'pointStride', 0, Number.MAX_SAFE_INTEGER)
-  const channelAxis = { count: channels, stride: 1 }
-  requireArray(values, 'points', Float32Array, extent({ count: problems, stride: problemStride }, { count: points, stride: pointStride }, channelAxis))
-  const weightProblemStride = layout.weightProblemStride ?? (weights?.length === points ? 0 : points)
+  const pointAxes = [{ count: pointCount, stride: pointStride }, { count: channels, stride: 1 }]
+  requireArray(points, 'points', Float32Array, extent({ count: problems, stride: problemStride }, ...pointAxes))
+  const weightProblemStride = layout.weightProblemStride ?? (weights?.length === pointCount ? 0 : pointCount)
   return {
     problems,
-    points,
+    pointCount,
     channels,
-    centroids,
-    values,
+    centroidCount,
+    points,
     problemStride,
     pointStride,
     weights,
     weightProblemStride,
     weightPointStride,
     weightSharing,
-    iterations,
+    maxIterations,
     tolerance,
     seed,
     threads,
     device,
-    centroidValues: resultArray(options.out, Float32Array, problems * centroids * channels),
+    centroids: resultArray(options.out, Float32Array, problems * centroidCount * channels),
     inertia: resultArray(undefined, Float64Array, problems),
-    iterationCounts: resultArray(undefined, Int32Array, problems),
-    assignments: options.assignments === true ? resultArray(undefined, Int32Array, problems * points) : undefined,
+    iterations: resultArray(undefined, Int32Array, problems),
+    assignments: options.assignments === true ? resultArray(undefined, Int32Array, problems * pointCount) : undefined,
   }
 }
 
-function resultOf({ centroidValues, inertia, iterationCounts, assignments }: NativeKmeansArguments): KmeansResult {
-  return { centroids: centroidValues, inertia, iterations: iterationCounts, ...(assignments && { assignments }) }
+function resultOf({ centroids, inertia, iterations, assignments }: NativeKmeansArguments): KmeansResult {
+  return { centroids, inertia, iterations, ...(assignments && { assignments }) }
 }

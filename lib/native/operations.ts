@@ -18,31 +18,31 @@ export interface NativeControl {
   onProgress?: ((done: number, total: number, problem: number, iteration: number) => void) | undefined
 }
 
-/** couplet_kmeans_params (native/abi/operations.h), in its order of meaning; strides in elements. */
+/** couplet_kmeans_params (native/abi/operations.h); strides in elements. */
 export interface NativeKmeansArguments extends NativeControl {
   problems: number
-  points: number
+  pointCount: number
   channels: number
-  centroids: number
-  values: Float32Array
+  centroidCount: number
+  points: Float32Array
   problemStride: number
   pointStride: number
   weights?: Float32Array | undefined
   weightProblemStride: number
   weightPointStride: number
   weightSharing: number
-  iterations: number
+  maxIterations: number
   tolerance: number
   seed: number | bigint
   threads?: number | undefined
   device?: string | undefined
-  /** Out: [problems][centroids][channels]. */
-  centroidValues: Float32Array
+  /** Out: [problems][centroidCount][channels]. */
+  centroids: Float32Array
   /** Out: [problems]. */
   inertia: Float64Array
   /** Out: [problems]. */
-  iterationCounts: Int32Array
-  /** Out: [problems][points]. */
+  iterations: Int32Array
+  /** Out: [problems][pointCount]. */
   assignments?: Int32Array | undefined
 }
 

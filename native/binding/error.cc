@@ -34,15 +34,15 @@ void set_where(Napi::Error& error, const char* name, int64_t index) {
 
 }  // namespace
 
-Napi::Error error_of(Napi::Env env, const couplet_report& report) {
+Napi::Error error_of(Napi::Env env, const couplet_report& report, PlaceNames places) {
   bool const argument = report.status == COUPLET_INVALID_ARGUMENT || report.status == COUPLET_NOT_FINITE;
   const char* const code = code_of(report.status);
   std::string const message = report.detail[0] ? report.detail : report.status == COUPLET_CANCELLED ? "The operation was aborted" : code;
   Napi::Error error = argument ? coded<Napi::RangeError>(env, code, message) : coded<Napi::Error>(env, code, message);
   if (report.status == COUPLET_CANCELLED) error.Set("name", Napi::String::New(env, "AbortError"));
   set_where(error, "layer", report.layer);
-  set_where(error, "kvHead", report.kv_head);
-  set_where(error, "token", report.token);
+  set_where(error, places.kv_head, report.kv_head);
+  set_where(error, places.token, report.token);
   set_where(error, "channel", report.channel);
   set_where(error, "nativeCode", report.native_code);
   return error;

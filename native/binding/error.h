@@ -7,10 +7,16 @@
 
 namespace couplet::binding {
 
+// What an operation calls the places that a report names.
+struct PlaceNames {
+  const char* kv_head = "kvHead";
+  const char* token = "token";
+};
+
 // The error of a failed operation: a RangeError for COUPLET_INVALID_ARGUMENT and COUPLET_NOT_FINITE, an AbortError for
 // COUPLET_CANCELLED, else an Error. `code` is ERR_COUPLET_* (ABORT_ERR); layer, kvHead, token, channel and nativeCode
 // are set where the report knows them.
-Napi::Error error_of(Napi::Env env, const couplet_report& report);
+Napi::Error error_of(Napi::Env env, const couplet_report& report, PlaceNames places = {});
 
 // Throws error_of(report) unless status is COUPLET_OK.
 void throw_unless_ok(Napi::Env env, couplet_status status, const couplet_report& report);

@@ -64,25 +64,25 @@ class KmeansWorker : public Worker {
   explicit KmeansWorker(const Options& options) : Worker(options.env()), backend_(backend_of(options)) {
     couplet_kmeans_params& p = params_;
     p.problems = options.integer("problems", 1);
-    p.point_count = options.integer("points", 0);
+    p.point_count = options.integer("pointCount", 1);
     p.channels = options.integer("channels", 1);
-    p.centroid_count = options.integer("centroids", 1);
+    p.centroid_count = options.integer("centroidCount", 1);
     p.problem_stride = options.integer<int64_t>("problemStride", 0, kMostStride);
     p.point_stride = options.integer<int64_t>("pointStride", 0, kMostStride);
     p.weight_problem_stride = options.integer_or<int64_t>("weightProblemStride", 0, 0, kMostStride);
     p.weight_point_stride = options.integer_or<int64_t>("weightPointStride", 1, 0, kMostStride);
     p.weight_sharing = options.integer_or("weightSharing", 1, 1);
-    p.max_iterations = options.integer("iterations", 0);
+    p.max_iterations = options.integer("maxIterations", 0);
     p.tolerance = options.number("tolerance", 0, 1);
     p.seed = options.seed_or("seed", 0);
     p.threads = options.integer_or("threads", 0, 0, kMostThreads);
 
     int64_t const weight_rows = (int64_t{p.problems} + p.weight_sharing - 1) / p.weight_sharing;
-    p.points = pin(options.array<float>("values", extent({{p.problems, p.problem_stride}, {p.point_count, p.point_stride}, {p.channels, 1}})));
+    p.points = pin(options.array<float>("points", extent({{p.problems, p.problem_stride}, {p.point_count, p.point_stride}, {p.channels, 1}})));
     p.weights = pin(options.array_or_none<float>("weights", extent({{weight_rows, p.weight_problem_stride}, {p.point_count, p.weight_point_stride}})));
-    p.centroids = pin(options.array<float>("centroidValues", product({p.problems, p.centroid_count, p.channels})));
+    p.centroids = pin(options.array<float>("centroids", product({p.problems, p.centroid_count, p.channels})));
     p.inertia = pin(options.array<double>("inertia", product({p.problems})));
-    p.iterations = pin(options.array<int32_t>("iterationCounts", product({p.problems})));
+    p.iterations = pin(options.array<int32_t>("iterations", product({p.problems})));
     p.assignments = pin(options.array_or_none<int32_t>("assignments", product({p.problems, p.point_count})));
     read_control(options);
     p.control = control();
@@ -90,6 +90,7 @@ class KmeansWorker : public Worker {
 
  protected:
   couplet_status execute(couplet_report* report) override { return run_entries(backend_, backend_->kmeans, params_, report); }
+  PlaceNames places() const override { return {.kv_head = "problem", .token = "point"}; }
 
  private:
   const couplet_backend* backend_;

@@ -5,7 +5,6 @@
 #include <new>
 
 #include "../common/report.h"
-#include "error.h"
 #include "instance.h"
 #include "threads.h"
 
@@ -53,7 +52,7 @@ void Worker::work() {
 
 Napi::Error Worker::failure(Napi::Env env) {
   if (!thrown_.IsEmpty()) return thrown_;
-  if (report_.status != COUPLET_OK) return error_of(env, report_);
+  if (report_.status != COUPLET_OK) return error_of(env, report_, places());
   for (const Pin& pin : pins_) {
     bool detached = false;
     Napi::Value const buffer = pinned_.Value().Get(pin.index).As<Napi::Object>().Get("buffer");

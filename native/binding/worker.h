@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../abi/status.h"
+#include "error.h"
 #include "values.h"
 
 namespace couplet::binding {
@@ -37,6 +38,7 @@ class Worker {
   // On another thread (in the Sync form on the JS thread): no napi here. A status other than COUPLET_OK rejects with *report.
   virtual couplet_status execute(couplet_report* report) = 0;
   virtual Napi::Value result(Napi::Env env) { return env.Undefined(); }
+  virtual PlaceNames places() const { return {}; }  // members of the error that a report becomes
 
   // Keeps the array reachable until the call is over and returns its memory (NULL for an empty View). A buffer that is
   // transferred away meanwhile makes the call reject; whoever got it has to keep it until then.

@@ -45,7 +45,9 @@ extern const NearestBody nearest_avx2;
 extern const NearestBody nearest_avx512;
 #endif
 
+// The search in double, for a point whose float32 search ended with an infinite or tiny sum at centroid `found`.
 // point: channel c at point[c * stride].
-uint16_t nearest_in_double(const float* point, int64_t stride, const float* table, int32_t channels, int32_t centroids);
+uint16_t nearest_in_double(const float* point, int64_t stride, const float* table, int32_t channels, int32_t centroids,
+                           uint16_t found);
 
 }  // namespace couplet::cpu

@@ -109,8 +109,8 @@ void across_tokens(const NearestGroup& group, uint16_t* codes) {
     for (; again; again &= again - 1) {
       int32_t const t = token + __builtin_ctz(again);
       if (t < group.tokens)
-        codes[t] =
-            nearest_in_double(tile + t, tile_tokens(group.channels), group.table, group.channels, group.centroids);
+        codes[t] = nearest_in_double(tile + t, tile_tokens(group.channels), group.table, group.channels,
+                                     group.centroids, codes[t]);
     }
   }
 }
@@ -153,9 +153,10 @@ void across_centroids(const NearestGroup& group, uint16_t* codes) {
     float distance;
     int32_t const code = group.centroids % (4 * lanes) == 0 ? search_centroids<4>(group, point, &distance)
                                                             : search_centroids<1>(group, point, &distance);
-    codes[token] = distance >= smallest_trusted && distance < __builtin_inff()
-                       ? static_cast<uint16_t>(code)
-                       : nearest_in_double(point, 1, group.table, group.channels, group.centroids);
+    codes[token] =
+        distance >= smallest_trusted && distance < __builtin_inff()
+            ? static_cast<uint16_t>(code)
+            : nearest_in_double(point, 1, group.table, group.channels, group.centroids, static_cast<uint16_t>(code));
   }
 }
 

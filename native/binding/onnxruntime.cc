@@ -101,12 +101,7 @@ class RunWorker : public Worker {
     for (uint32_t i = 0; i < names.Length(); ++i) wanted_.push_back(read_string(names.Get(i), "outputs"));
     logits_ = options.string("logits");
     last_column_ = options.boolean_or("lastColumn", false);
-    if (!options.has("capture")) return;
-    // Begun and ended on the JS thread, like everything that a capture tells about itself.
-    std::shared_ptr<Capture> const capture = read_handle<CaptureHandle>(options.get("capture"), "capture").capture;
-    couplet_report report{};
-    throw_unless_ok(env(), capture->begin(*step_->step, &report), report);
-    capture_ = capture;
+    if (options.has("capture")) begin_capture(read_handle<CaptureHandle>(options.get("capture"), "capture"));
   }
   ~RunWorker() override {
     if (capture_) capture_->end(succeeded_);
@@ -140,6 +135,15 @@ class RunWorker : public Worker {
   }
 
  private:
+  // Begun here and ended by the destructor: on the JS thread, like all that a capture tells about itself.
+  void begin_capture(const CaptureHandle& handle) {
+    Napi::Array const memory = handle.memory.Value();
+    for (uint32_t i = 0; i < memory.Length(); ++i) pin(read_array<float>(memory.Get(i), "capture", 1));  // or it was transferred
+    couplet_report report{};
+    throw_unless_ok(env(), handle.capture->begin(*step_->step, &report), report);
+    capture_ = handle.capture;
+  }
+
   void read_feeds(const Napi::Array& list) {
     for (uint32_t i = 0; i < list.Length(); ++i) {
       Options const feed(list.Get(i), "feeds");

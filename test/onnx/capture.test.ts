@@ -111,6 +111,12 @@ describe('onnx capture', () => {
     other.dispose()
   })
 
+  it('refuses a sample whose memory was given away', async () => {
+    const capture = await sample({ points: 10 }, [ids(3)])
+    structuredClone(capture.values, { transfer: [capture.values.buffer as ArrayBuffer] })
+    await assert.rejects(model.run([{ sequence: model.sequence(), tokens: ids(3) }], { capture }), { code: 'ERR_COUPLET_INVALID_ARGUMENT' })
+  })
+
   it('says what is wrong with its options', () => {
     const make = (options: object) => () => new Capture({ model, points: 10, weights: 'uniform', ...options })
     assert.throws(make({ points: 0 }), { name: 'RangeError', code: 'ERR_COUPLET_INVALID_ARGUMENT' })

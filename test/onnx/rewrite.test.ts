@@ -1,3 +1,4 @@
+import fc from 'fast-check'
 import assert from 'node:assert/strict'
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
@@ -5,7 +6,7 @@ import { join } from 'node:path'
 import { CoupletError } from '../../lib/errors'
 import { attribute } from '../../lib/onnx/graph'
 import type { Model, NodeProto } from '../../lib/onnx/proto'
-import { createNode, DataType, decodeModel, encodeTensor } from '../../lib/onnx/proto'
+import { createNode, DataType, decodeModel, encodeModel, encodeTensor } from '../../lib/onnx/proto'
 import { plainTheta } from '../../lib/onnx/rotary'
 import { rewriteAttention } from '../../lib/onnx/rewrite'
 import type { DecoderShape } from './graphs'
@@ -129,4 +130,29 @@ describe('onnx rewriting', () => {
       })
     })
   }
+
+  it('survives damaged files: it rewrites them or says why not', async function () {
+    this.timeout(60_000)
+    const files = [decoder({ layers: 1, hidden: 8, vocabulary: 8, positions: 4 }), decoder({ layers: 1, hidden: 8, vocabulary: 8, positions: 4, rotary: 'nodes4d' })]
+      .map((model) => encodeModel(model))
+    await fc.assert(
+      fc.asyncProperty(fc.constantFrom(...files), fc.array(fc.tuple(fc.nat(), fc.nat(255)), { minLength: 1, maxLength: 6 }), fc.option(fc.nat()), async (file, flips, cut) => {
+        const damaged = file.slice(0, cut === null ? file.length : cut % file.length)
+        for (const [place, value] of flips) if (damaged.length > 0) damaged[place % damaged.length] = value
+        let model: Model
+        try {
+          model = decodeModel(damaged)
+        } catch (error) {
+          return assert.ok(error instanceof Error)
+        }
+        try {
+          await rewriteAttention(model, __dirname)
+          encodeModel(model)
+        } catch (error) {
+          assert.ok(error instanceof CoupletError, String((error as Error).stack))
+        }
+      }),
+      { numRuns: 1500 },
+    )
+  })
 })

@@ -13,8 +13,8 @@
 namespace couplet::binding {
 namespace {
 
-constexpr int32_t kMostThreads = 256;
-constexpr int64_t kMostStride = int64_t{1} << 48;  // of elements; the product with a count is checked where it is used
+constexpr int32_t most_threads = 256;
+constexpr int64_t most_stride = int64_t{1} << 48;  // of elements; the product with a count is checked where it is used
 
 const couplet_backend* backend_of(const Options& options) {
   couplet_report report{};
@@ -67,15 +67,15 @@ class KmeansWorker : public Worker {
     p.point_count = options.integer("pointCount", 1);
     p.channels = options.integer("channels", 1);
     p.centroid_count = options.integer("centroidCount", 1);
-    p.problem_stride = options.integer<int64_t>("problemStride", 0, kMostStride);
-    p.point_stride = options.integer<int64_t>("pointStride", 0, kMostStride);
-    p.weight_problem_stride = options.integer_or<int64_t>("weightProblemStride", 0, 0, kMostStride);
-    p.weight_point_stride = options.integer_or<int64_t>("weightPointStride", 1, 0, kMostStride);
+    p.problem_stride = options.integer<int64_t>("problemStride", 0, most_stride);
+    p.point_stride = options.integer<int64_t>("pointStride", 0, most_stride);
+    p.weight_problem_stride = options.integer_or<int64_t>("weightProblemStride", 0, 0, most_stride);
+    p.weight_point_stride = options.integer_or<int64_t>("weightPointStride", 1, 0, most_stride);
     p.weight_sharing = options.integer_or("weightSharing", 1, 1);
     p.max_iterations = options.integer("maxIterations", 0);
     p.tolerance = options.number("tolerance", 0, 1);
     p.seed = options.seed_or("seed", 0);
-    p.threads = options.integer_or("threads", 0, 0, kMostThreads);
+    p.threads = options.integer_or("threads", 0, 0, most_threads);
 
     int64_t const weight_rows = (int64_t{p.problems} + p.weight_sharing - 1) / p.weight_sharing;
     p.points = pin(options.array<float>("points", extent({{p.problems, p.problem_stride}, {p.point_count, p.point_stride}, {p.channels, 1}})));
@@ -113,9 +113,9 @@ class CodesWorker : public Worker {
     p.head_dim = options.integer("headDim", COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM);
     p.page_tokens = options.integer_or("pageTokens", COUPLET_PAGE_TOKENS, 8, 1 << 20);
     p.first_token = options.integer_or<int64_t>("firstToken", 0, 0, int64_t{1} << 40);
-    p.token_stride = options.integer<int64_t>("tokenStride", 0, kMostStride);
-    p.head_stride = options.integer<int64_t>("headStride", 0, kMostStride);
-    p.threads = options.integer_or("threads", 0, 0, kMostThreads);
+    p.token_stride = options.integer<int64_t>("tokenStride", 0, most_stride);
+    p.head_stride = options.integer<int64_t>("headStride", 0, most_stride);
+    p.threads = options.integer_or("threads", 0, 0, most_threads);
     if (!couplet_codec_valid(p.codec, p.head_dim))
       throw range_error(env(), "Expected a divisor of " + std::to_string(p.head_dim) + " (`headDim`) for `groupChannels` but received " +
                                    std::to_string(p.codec.group_channels));

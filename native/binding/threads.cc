@@ -10,8 +10,8 @@
 namespace couplet::binding {
 namespace {
 
-constexpr size_t kMostThreads = 64;
-constexpr std::chrono::seconds kIdleTime{10};  // then a thread without work ends
+constexpr size_t most_threads = 64;
+constexpr std::chrono::seconds idle_time{10};  // then a thread without work ends
 
 // Never destroyed: its threads may outlive the end of main.
 class Threads {
@@ -19,7 +19,7 @@ class Threads {
   bool run(std::function<void()> job) {
     std::unique_lock lock(mutex_);
     jobs_.push_back(std::move(job));
-    if (jobs_.size() > idle_ && count_ < kMostThreads && !grow() && count_ == 0) {
+    if (jobs_.size() > idle_ && count_ < most_threads && !grow() && count_ == 0) {
       jobs_.pop_back();
       return false;
     }
@@ -43,7 +43,7 @@ class Threads {
     std::unique_lock lock(mutex_);
     for (;;) {
       ++idle_;
-      bool const found = wake_.wait_for(lock, kIdleTime, [this] { return !jobs_.empty(); });
+      bool const found = wake_.wait_for(lock, idle_time, [this] { return !jobs_.empty(); });
       --idle_;
       if (!found) break;
       std::function<void()> const job = std::move(jobs_.front());

@@ -8,7 +8,7 @@
 namespace couplet::binding {
 namespace {
 
-constexpr int64_t kLargestSafeInteger = (int64_t{1} << 53) - 1;
+constexpr int64_t largest_safe_integer = (int64_t{1} << 53) - 1;
 
 struct ArrayKind {
   const char* name;
@@ -122,8 +122,8 @@ void throw_expected(Napi::Env env, const std::string& expected, const char* name
 }
 
 int64_t read_integer(Napi::Value value, const char* name, int64_t least, int64_t most) {
-  least = std::max(least, -kLargestSafeInteger);
-  most = std::min(most, kLargestSafeInteger);
+  least = std::max(least, -largest_safe_integer);
+  most = std::min(most, largest_safe_integer);
   if (value.IsNumber()) {
     double const number = value.As<Napi::Number>().DoubleValue();
     if (number == std::trunc(number) && number >= static_cast<double>(least) && number <= static_cast<double>(most))
@@ -155,7 +155,7 @@ uint64_t read_seed(Napi::Value value, const char* name) {
     bool lossless = false;  // a seed is 64 bits; more are dropped, as BigInt.asUintN(64, seed) does
     return value.As<Napi::BigInt>().Uint64Value(&lossless);
   }
-  return static_cast<uint64_t>(read_integer(value, name, 0, kLargestSafeInteger));
+  return static_cast<uint64_t>(read_integer(value, name, 0, largest_safe_integer));
 }
 
 Napi::Function read_function(Napi::Value value, const char* name) {

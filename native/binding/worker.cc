@@ -11,7 +11,7 @@
 namespace couplet::binding {
 namespace {
 
-constexpr std::chrono::milliseconds kProgressInterval{50};
+constexpr std::chrono::milliseconds progress_interval{50};
 
 }  // namespace
 
@@ -75,7 +75,7 @@ void Worker::note_progress(Progress progress) {
   {
     std::lock_guard const lock(progress_mutex_);
     progress_ = progress;
-    if (!progress_queued_ && (now - progress_time_ >= kProgressInterval || progress.done == progress.total)) {
+    if (!progress_queued_ && (now - progress_time_ >= progress_interval || progress.done == progress.total)) {
       progress_queued_ = post = true;
       progress_time_ = now;
     }

@@ -8,6 +8,7 @@
 #include "error.h"
 #include "exports.h"
 #include "handles.h"
+#include "shared_options.h"
 #include "values.h"
 #include "worker.h"
 
@@ -78,15 +79,6 @@ void CacheOwner::report(int64_t bytes) {
 
 namespace {
 
-constexpr int32_t most_threads = 256;
-
-const couplet_backend* backend_of(const Options& options) {
-  couplet_report report{};
-  const couplet_backend* const backend = find_backend(options.string_or("device", "cpu"), &report);
-  if (!backend) throw error_of(options.env(), report);
-  return backend;
-}
-
 // ---- codebooks ----------------------------------------------------------------------------------------------------
 
 struct CodebookHandle {
@@ -100,11 +92,6 @@ struct CodebookHandle {
   }
   ~CodebookHandle() { Napi::MemoryManagement::AdjustExternalMemory(env, -static_cast<int64_t>(codebook->bytes())); }
 };
-
-couplet_codec read_codec(const Options& options) {
-  return {.group_channels = options.integer("groupChannels", 1, COUPLET_MAX_HEAD_DIM),
-          .code_bits = options.integer("codeBits", 1, COUPLET_MAX_CODE_BITS)};
-}
 
 std::vector<const float*> read_tables(const Options& options, const char* name, const Codebook::Shape& shape,
                                       couplet_codec codec) {
@@ -127,7 +114,7 @@ Napi::Value create_codebook(const Napi::CallbackInfo& info) {
   couplet_report report{};
   throw_unless_ok(
       info.Env(),
-      Codebook::create(backend_of(options), shape, read_tables(options, "keyTables", shape, shape.key_codec),
+      Codebook::create(read_backend(options), shape, read_tables(options, "keyTables", shape, shape.key_codec),
                        read_tables(options, "valueTables", shape, shape.value_codec), &codebook, &report),
       report);
   return make_handle(info.Env(), std::make_unique<CodebookHandle>(info.Env(), std::move(codebook)));
@@ -144,9 +131,9 @@ Napi::Value create_cache(const Napi::CallbackInfo& info) {
                               .head_dim = given.integer("headDim", 1),
                               .sinks = given.integer("sinks", 0),
                               .window = given.integer("window", -1),
-                              .threads = given.integer_or("threads", 0, 0, most_threads),
+                              .threads = read_threads(given),
                               .budget_bytes = given.integer_or<int64_t>("memory", 0, 1, int64_t{1} << 53)};
-  const couplet_backend* const backend = backend_of(options);
+  const couplet_backend* const backend = read_backend(options);
   std::shared_ptr<const Codebook> codebook;
   if (options.has("codebook")) codebook = read_handle<CodebookHandle>(options.get("codebook"), "codebook").codebook;
   std::shared_ptr<Cache> cache;

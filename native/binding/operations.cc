@@ -7,26 +7,14 @@
 #include "../dispatch/dispatch.h"
 #include "error.h"
 #include "exports.h"
+#include "shared_options.h"
 #include "values.h"
 #include "worker.h"
 
 namespace couplet::binding {
 namespace {
 
-constexpr int32_t most_threads = 256;
 constexpr int64_t most_stride = int64_t{1} << 48;  // of elements; the product with a count is checked where it is used
-
-const couplet_backend* backend_of(const Options& options) {
-  couplet_report report{};
-  const couplet_backend* const backend = find_backend(options.string_or("device", "cpu"), &report);
-  if (!backend) throw error_of(options.env(), report);
-  return backend;
-}
-
-couplet_codec codec_of(const Options& options) {
-  return {.group_channels = options.integer("groupChannels", 1, COUPLET_MAX_HEAD_DIM),
-          .code_bits = options.integer("codeBits", 1, COUPLET_MAX_CODE_BITS)};
-}
 
 // Scratch memory of one run; NULL when it needs none.
 class Workspace {
@@ -61,7 +49,7 @@ couplet_status run_entries(const couplet_backend* backend, const Entries& entrie
 
 class KmeansWorker : public Worker {
  public:
-  explicit KmeansWorker(const Options& options) : Worker(options.env()), backend_(backend_of(options)) {
+  explicit KmeansWorker(const Options& options) : Worker(options.env()), backend_(read_backend(options)) {
     couplet_kmeans_params& p = params_;
     p.problems = options.integer("problems", 1);
     p.point_count = options.integer("pointCount", 1);
@@ -75,7 +63,7 @@ class KmeansWorker : public Worker {
     p.max_iterations = options.integer("maxIterations", 0);
     p.tolerance = options.number("tolerance", 0, 1);
     p.seed = options.seed_or("seed", 0);
-    p.threads = options.integer_or("threads", 0, 0, most_threads);
+    p.threads = read_threads(options);
 
     int64_t const weight_rows = (int64_t{p.problems} + p.weight_sharing - 1) / p.weight_sharing;
     p.points = pin(options.array<float>("points", extent({{p.problems, p.problem_stride}, {p.point_count, p.point_stride}, {p.channels, 1}})));
@@ -105,9 +93,9 @@ using TableHandle = std::unique_ptr<couplet_table, void (*)(couplet_table*)>;
 template <class Params, class PageByte>
 class CodesWorker : public Worker {
  protected:
-  explicit CodesWorker(const Options& options) : Worker(options.env()), backend_(backend_of(options)) {
+  explicit CodesWorker(const Options& options) : Worker(options.env()), backend_(read_backend(options)) {
     Params& p = params_;
-    p.codec = codec_of(options);
+    p.codec = read_codec(options);
     p.tokens = options.integer("tokens", 0);
     p.kv_heads = options.integer("kvHeads", 1);
     p.head_dim = options.integer("headDim", COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM);
@@ -115,7 +103,7 @@ class CodesWorker : public Worker {
     p.first_token = options.integer_or<int64_t>("firstToken", 0, 0, int64_t{1} << 40);
     p.token_stride = options.integer<int64_t>("tokenStride", 0, most_stride);
     p.head_stride = options.integer<int64_t>("headStride", 0, most_stride);
-    p.threads = options.integer_or("threads", 0, 0, most_threads);
+    p.threads = read_threads(options);
     if (!couplet_codec_valid(p.codec, p.head_dim))
       throw range_error(env(), "Expected a divisor of " + std::to_string(p.head_dim) + " (`headDim`) for `groupChannels` but received " +
                                    std::to_string(p.codec.group_channels));
@@ -258,7 +246,7 @@ Napi::Value capabilities(const Napi::CallbackInfo& info) {
 // Bytes that codes of (groupChannels, codeBits, headDim, kvHeads, tokens, pageTokens) take.
 Napi::Value codes_bytes(const Napi::CallbackInfo& info) {
   Options const options(info[0]);
-  couplet_codec const codec = codec_of(options);
+  couplet_codec const codec = read_codec(options);
   int32_t const head_dim = options.integer("headDim", COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM);
   int32_t const page_tokens = options.integer_or("pageTokens", COUPLET_PAGE_TOKENS, 8, 1 << 20);
   int64_t const tokens = options.integer<int64_t>("tokens", 0, int64_t{1} << 41);

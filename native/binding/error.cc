@@ -37,7 +37,9 @@ void set_where(Napi::Error& error, const char* name, int64_t index) {
 Napi::Error error_of(Napi::Env env, const couplet_report& report, PlaceNames places) {
   bool const argument = report.status == COUPLET_INVALID_ARGUMENT || report.status == COUPLET_NOT_FINITE;
   const char* const code = code_of(report.status);
-  std::string const message = report.detail[0] ? report.detail : report.status == COUPLET_CANCELLED ? "The operation was aborted" : code;
+  std::string const message = report.detail[0]                     ? report.detail
+                              : report.status == COUPLET_CANCELLED ? "The operation was aborted"
+                                                                   : code;
   Napi::Error error = argument ? coded<Napi::RangeError>(env, code, message) : coded<Napi::Error>(env, code, message);
   if (report.status == COUPLET_CANCELLED) error.Set("name", Napi::String::New(env, "AbortError"));
   set_where(error, "layer", report.layer);

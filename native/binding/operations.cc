@@ -37,11 +37,13 @@ class Workspace {
 };
 
 template <class Entries, class Params>
-couplet_status run_entries(const couplet_backend* backend, const Entries& entries, const Params& params, couplet_report* report) {
+couplet_status run_entries(const couplet_backend* backend, const Entries& entries, const Params& params,
+                           couplet_report* report) {
   if (couplet_status const status = entries.check(&params, report)) return status;
   size_t const bytes = entries.workspace(&params);
   Workspace const workspace(backend, bytes);
-  if (workspace.failed()) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "There is no memory for a workspace of %zu bytes", bytes);
+  if (workspace.failed())
+    return fail(report, COUPLET_OUT_OF_MEMORY, {}, "There is no memory for a workspace of %zu bytes", bytes);
   return entries.run(&params, workspace.get(), nullptr, report);
 }
 
@@ -66,8 +68,10 @@ class KmeansWorker : public Worker {
     p.threads = read_threads(options);
 
     int64_t const weight_rows = (int64_t{p.problems} + p.weight_sharing - 1) / p.weight_sharing;
-    p.points = pin(options.array<float>("points", extent({{p.problems, p.problem_stride}, {p.point_count, p.point_stride}, {p.channels, 1}})));
-    p.weights = pin(options.array_or_none<float>("weights", extent({{weight_rows, p.weight_problem_stride}, {p.point_count, p.weight_point_stride}})));
+    p.points = pin(options.array<float>(
+        "points", extent({{p.problems, p.problem_stride}, {p.point_count, p.point_stride}, {p.channels, 1}})));
+    p.weights = pin(options.array_or_none<float>(
+        "weights", extent({{weight_rows, p.weight_problem_stride}, {p.point_count, p.weight_point_stride}})));
     p.centroids = pin(options.array<float>("centroids", product({p.problems, p.centroid_count, p.channels})));
     p.inertia = pin(options.array<double>("inertia", product({p.problems})));
     p.iterations = pin(options.array<int32_t>("iterations", product({p.problems})));
@@ -77,7 +81,9 @@ class KmeansWorker : public Worker {
   }
 
  protected:
-  couplet_status execute(couplet_report* report) override { return run_entries(backend_, backend_->kmeans, params_, report); }
+  couplet_status execute(couplet_report* report) override {
+    return run_entries(backend_, backend_->kmeans, params_, report);
+  }
   PlaceNames places() const override { return {.kv_head = "problem", .token = "point"}; }
 
  private:
@@ -105,25 +111,31 @@ class CodesWorker : public Worker {
     p.head_stride = options.integer<int64_t>("headStride", 0, most_stride);
     p.threads = read_threads(options);
     if (!couplet_codec_valid(p.codec, p.head_dim))
-      throw range_error(env(), "Expected a divisor of " + std::to_string(p.head_dim) + " (`headDim`) for `groupChannels` but received " +
+      throw range_error(env(), "Expected a divisor of " + std::to_string(p.head_dim) +
+                                   " (`headDim`) for `groupChannels` but received " +
                                    std::to_string(p.codec.group_channels));
     if (p.page_tokens % 8 != 0)
-      throw range_error(env(), "Expected a multiple of 8 for `pageTokens` but received " + std::to_string(p.page_tokens));
+      throw range_error(env(),
+                        "Expected a multiple of 8 for `pageTokens` but received " + std::to_string(p.page_tokens));
 
     table_params_ = {.centroids = nullptr, .kv_heads = p.kv_heads, .head_dim = p.head_dim, .codec = p.codec};
-    table_params_.centroids = pin(options.array<float>("tables", product({p.kv_heads, p.head_dim, couplet_codec_centroids(p.codec)})));
+    table_params_.centroids =
+        pin(options.array<float>("tables", product({p.kv_heads, p.head_dim, couplet_codec_centroids(p.codec)})));
     // Which of the two: the facade hands float16 over as the uint16 of its bits.
     size_t const elements = extent({{p.tokens, p.token_stride}, {p.kv_heads, p.head_stride}, {p.head_dim, 1}});
-    bool const half = options.get("rows").IsTypedArray() && options.get("rows").As<Napi::TypedArray>().TypedArrayType() == napi_uint16_array;
+    bool const half = options.get("rows").IsTypedArray() &&
+                      options.get("rows").As<Napi::TypedArray>().TypedArrayType() == napi_uint16_array;
     p.dtype = half ? COUPLET_FLOAT16 : COUPLET_FLOAT32;
-    p.rows = half ? static_cast<void*>(pin(options.array<uint16_t>("rows", elements))) : pin(options.array<float>("rows", elements));
+    p.rows = half ? static_cast<void*>(pin(options.array<uint16_t>("rows", elements)))
+                  : pin(options.array<float>("rows", elements));
 
     p.page_stride = couplet_page_bytes(p.codec, p.head_dim, p.page_tokens);
     int64_t const page_count = p.tokens == 0 ? 0 : (p.first_token + p.tokens - 1) / p.page_tokens + 1;
     View<uint8_t> const codes = options.array<uint8_t>("codes", product({page_count, p.kv_heads, p.page_stride}));
     uint8_t* const first = pin(codes);
     pages_.resize(static_cast<size_t>(page_count));
-    for (size_t page = 0; page < pages_.size(); ++page) pages_[page] = first + static_cast<int64_t>(page) * p.kv_heads * p.page_stride;
+    for (size_t page = 0; page < pages_.size(); ++page)
+      pages_[page] = first + static_cast<int64_t>(page) * p.kv_heads * p.page_stride;
     p.pages = pages_.data();
     read_control(options);
   }
@@ -141,8 +153,10 @@ class CodesWorker : public Worker {
       if (cancelled()) return fail(report, COUPLET_CANCELLED, {}, "The operation was aborted");
       slice.first_token = params_.first_token + done;
       slice.tokens = static_cast<int32_t>(std::min(slice_tokens, params_.tokens - done));
-      slice.rows = const_cast<char*>(static_cast<const char*>(params_.rows)) + done * params_.token_stride * element_bytes;
-      if (couplet_status const status = run_entries(backend_, entries, slice, report)) return in_call(status, done, report);
+      slice.rows =
+          const_cast<char*>(static_cast<const char*>(params_.rows)) + done * params_.token_stride * element_bytes;
+      if (couplet_status const status = run_entries(backend_, entries, slice, report))
+        return in_call(status, done, report);
       if (slice.tokens == 0) break;
     }
     return COUPLET_OK;
@@ -155,9 +169,10 @@ class CodesWorker : public Worker {
   // A slice counts tokens from its own start; the caller knows only those of the whole call.
   static couplet_status in_call(couplet_status status, int64_t first, couplet_report* report) {
     if (status != COUPLET_NOT_FINITE || first == 0 || report->token < 0) return status;
-    return fail(report, status, {.kv_head = report->kv_head, .token = report->token + first, .channel = report->channel},
-                "Expected finite numbers for `rows` but received a NaN or an infinity at token %lld, kv head %d, channel %d",
-                static_cast<long long>(report->token + first), report->kv_head, report->channel);
+    return fail(
+        report, status, {.kv_head = report->kv_head, .token = report->token + first, .channel = report->channel},
+        "Expected finite numbers for `rows` but received a NaN or an infinity at token %lld, kv head %d, channel %d",
+        static_cast<long long>(report->token + first), report->kv_head, report->channel);
   }
 
   const couplet_backend* backend_;
@@ -179,7 +194,9 @@ class EncodeWorker : public CodesWorker<couplet_encode_params, uint8_t> {
   }
 
  private:
-  static int64_t round_to_slots(int64_t tokens) { return std::max<int64_t>(tokens / COUPLET_PAGE_TOKENS * COUPLET_PAGE_TOKENS, 8); }
+  static int64_t round_to_slots(int64_t tokens) {
+    return std::max<int64_t>(tokens / COUPLET_PAGE_TOKENS * COUPLET_PAGE_TOKENS, 8);
+  }
 };
 
 class DecodeWorker : public CodesWorker<couplet_decode_params, const uint8_t> {
@@ -187,8 +204,9 @@ class DecodeWorker : public CodesWorker<couplet_decode_params, const uint8_t> {
   explicit DecodeWorker(const Options& options) : CodesWorker(options) {
     const couplet_decode_params& p = params();
     if (rows_overlap(p))
-      throw range_error(env(), "Expected strides under which no two rows of " + std::to_string(p.head_dim) + " channels overlap but received " +
-                                   std::to_string(p.token_stride) + " for `tokenStride` and " + std::to_string(p.head_stride) + " for `headStride`");
+      throw range_error(env(), "Expected strides under which no two rows of " + std::to_string(p.head_dim) +
+                                   " channels overlap but received " + std::to_string(p.token_stride) +
+                                   " for `tokenStride` and " + std::to_string(p.head_stride) + " for `headStride`");
   }
 
  protected:
@@ -202,8 +220,10 @@ class DecodeWorker : public CodesWorker<couplet_decode_params, const uint8_t> {
   static bool rows_overlap(const couplet_decode_params& p) {
     int64_t const tokens = p.tokens, heads = p.kv_heads;
     bool const tokens_outside = p.token_stride >= p.head_stride;
-    int64_t const inner = tokens_outside ? heads : tokens, inner_stride = tokens_outside ? p.head_stride : p.token_stride;
-    int64_t const outer = tokens_outside ? tokens : heads, outer_stride = tokens_outside ? p.token_stride : p.head_stride;
+    int64_t const inner = tokens_outside ? heads : tokens,
+                  inner_stride = tokens_outside ? p.head_stride : p.token_stride;
+    int64_t const outer = tokens_outside ? tokens : heads,
+                  outer_stride = tokens_outside ? p.token_stride : p.head_stride;
     if (tokens == 0) return false;
     if (inner > 1 && inner_stride < p.head_dim) return true;
     return outer > 1 && outer_stride < (inner - 1) * inner_stride + p.head_dim;
@@ -251,7 +271,8 @@ Napi::Value codes_bytes(const Napi::CallbackInfo& info) {
   int32_t const page_tokens = options.integer_or("pageTokens", COUPLET_PAGE_TOKENS, 8, 1 << 20);
   int64_t const tokens = options.integer<int64_t>("tokens", 0, int64_t{1} << 41);
   int64_t const pages = (tokens + page_tokens - 1) / page_tokens;
-  size_t const bytes = product({pages, options.integer("kvHeads", 1), couplet_page_bytes(codec, head_dim, page_tokens)});
+  size_t const bytes =
+      product({pages, options.integer("kvHeads", 1), couplet_page_bytes(codec, head_dim, page_tokens)});
   return Napi::Number::New(info.Env(), static_cast<double>(bytes));
 }
 

@@ -56,7 +56,8 @@ struct ArrayInfo {
 // False for a kind that this Node-API does not know (Float16Array before Node 24).
 bool array_info(Napi::Value array, ArrayInfo* info) {
   size_t offset = 0;
-  return napi_get_typedarray_info(array.Env(), array, &info->type, &info->length, &info->data, &info->buffer, &offset) == napi_ok;
+  return napi_get_typedarray_info(array.Env(), array, &info->type, &info->length, &info->data, &info->buffer,
+                                  &offset) == napi_ok;
 }
 
 // true: the length of its memory can change under a running call.
@@ -116,7 +117,8 @@ std::string describe(Napi::Value value) {
   return "an object";
 }
 
-void throw_expected(Napi::Env env, const std::string& expected, const char* name, Napi::Value received, bool right_kind) {
+void throw_expected(Napi::Env env, const std::string& expected, const char* name, Napi::Value received,
+                    bool right_kind) {
   std::string const message = "Expected " + expected + " for `" + name + "` but received " + describe(received);
   throw right_kind ? range_error(env, message) : type_error(env, message);
 }
@@ -129,7 +131,8 @@ int64_t read_integer(Napi::Value value, const char* name, int64_t least, int64_t
     if (number == std::trunc(number) && number >= static_cast<double>(least) && number <= static_cast<double>(most))
       return static_cast<int64_t>(number);
   }
-  throw_expected(value.Env(), range_text("an integer", std::to_string(least), std::to_string(most)), name, value, value.IsNumber());
+  throw_expected(value.Env(), range_text("an integer", std::to_string(least), std::to_string(most)), name, value,
+                 value.IsNumber());
 }
 
 double read_number(Napi::Value value, const char* name, double least, double most) {
@@ -137,7 +140,8 @@ double read_number(Napi::Value value, const char* name, double least, double mos
     double const number = value.As<Napi::Number>().DoubleValue();
     if (number >= least && number <= most) return number;
   }
-  throw_expected(value.Env(), range_text("a number", number_text(least), number_text(most)), name, value, value.IsNumber());
+  throw_expected(value.Env(), range_text("a number", number_text(least), number_text(most)), name, value,
+                 value.IsNumber());
 }
 
 bool read_boolean(Napi::Value value, const char* name) {
@@ -172,12 +176,14 @@ View<T> read_array(Napi::Value value, const char* name, size_t least_length) {
   bool detached = false;
   napi_is_detached_arraybuffer(value.Env(), info.buffer, &detached);
   if (detached || info.length < least_length) {
-    std::string const least = least_length == std::numeric_limits<size_t>::max() ? "more elements than fit in memory"
-                                                                                : std::to_string(least_length) + " or more elements";
+    std::string const least = least_length == std::numeric_limits<size_t>::max()
+                                  ? "more elements than fit in memory"
+                                  : std::to_string(least_length) + " or more elements";
     throw_expected(value.Env(), std::string(kind.article) + kind.name + " of " + least, name, value, true);
   }
   if (changes_size(Napi::Object(value.Env(), info.buffer)))
-    throw_expected(value.Env(), std::string(kind.article) + kind.name + " over a buffer of fixed length", name, value, true);
+    throw_expected(value.Env(), std::string(kind.article) + kind.name + " over a buffer of fixed length", name, value,
+                   true);
   return {static_cast<T*>(info.data), info.length, value, name};
 }
 

@@ -58,17 +58,22 @@ class Options {
     return static_cast<Integer>(read_integer(get(name), name, least, most));
   }
   template <class Integer = int32_t>
-  Integer integer_or(const char* name, Integer otherwise, Integer least, Integer most = std::numeric_limits<Integer>::max()) const {
+  Integer integer_or(const char* name, Integer otherwise, Integer least,
+                     Integer most = std::numeric_limits<Integer>::max()) const {
     return has(name) ? integer<Integer>(name, least, most) : otherwise;
   }
   double number(const char* name, double least, double most) const { return read_number(get(name), name, least, most); }
   double number_or(const char* name, double otherwise, double least, double most) const {
     return has(name) ? number(name, least, most) : otherwise;
   }
-  bool boolean_or(const char* name, bool otherwise) const { return has(name) ? read_boolean(get(name), name) : otherwise; }
+  bool boolean_or(const char* name, bool otherwise) const {
+    return has(name) ? read_boolean(get(name), name) : otherwise;
+  }
   std::string string(const char* name) const { return read_string(get(name), name); }
   std::string string_or(const char* name, const char* otherwise) const { return has(name) ? string(name) : otherwise; }
-  uint64_t seed_or(const char* name, uint64_t otherwise) const { return has(name) ? read_seed(get(name), name) : otherwise; }
+  uint64_t seed_or(const char* name, uint64_t otherwise) const {
+    return has(name) ? read_seed(get(name), name) : otherwise;
+  }
 
   template <class T>
   View<T> array(const char* name, size_t least_length = 0) const {

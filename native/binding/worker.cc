@@ -58,7 +58,8 @@ Napi::Error Worker::failure(Napi::Env env) {
     Napi::Value const buffer = pinned_.Value().Get(pin.index).As<Napi::Object>().Get("buffer");
     napi_is_detached_arraybuffer(env, buffer, &detached);
     if (detached)
-      return type_error(env, std::string("Expected the buffer of `") + pin.name + "` to stay where it is but it was detached during the call");
+      return type_error(env, std::string("Expected the buffer of `") + pin.name +
+                                 "` to stay where it is but it was detached during the call");
   }
   return {};
 }
@@ -117,7 +118,8 @@ Napi::Value run_sync(Napi::Env env, std::unique_ptr<Worker> worker) {
 
 Runtime::Runtime(Napi::Env env) {
   napi_value const name = Napi::String::New(env, "couplet");
-  napi_status status = napi_create_threadsafe_function(env, nullptr, nullptr, name, 0, 1, nullptr, nullptr, this, on_event, &queue_);
+  napi_status status =
+      napi_create_threadsafe_function(env, nullptr, nullptr, name, 0, 1, nullptr, nullptr, this, on_event, &queue_);
   // Idle, it does not keep the process alive; start() and finish() do that while a call is under way.
   if (status == napi_ok) status = napi_unref_threadsafe_function(env, queue_);
   // After the queue's own hook, so it runs before it (hooks run last in, first out): no thread posts to a closed queue.
@@ -144,7 +146,8 @@ void Runtime::start(Napi::Env env, Worker* worker) {
     std::lock_guard const lock(mutex_);
     --running_;
   }
-  worker->report_.status = fail(&worker->report_, COUPLET_OUT_OF_MEMORY, {}, "The operating system has no thread left for this call");
+  worker->report_.status =
+      fail(&worker->report_, COUPLET_OUT_OF_MEMORY, {}, "The operating system has no thread left for this call");
   finish(env, worker);
 }
 

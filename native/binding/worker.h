@@ -76,7 +76,7 @@ class Worker {
   };
 
   void keep(Napi::Value array, const char* name);
-  void work();                         // execute, with C++ exceptions turned into a report; on any thread
+  void work();  // execute, with C++ exceptions turned into a report; on any thread
   void stop() { __atomic_store_n(cancel_, 1, __ATOMIC_RELAXED); }
   Napi::Error failure(Napi::Env env);  // of work(), or of a buffer that was detached; empty when there is none
   Napi::Value settle(Napi::Env env);   // throws

@@ -46,7 +46,8 @@ Found search(const std::string& name) {
 
 const couplet_backend* find_backend(const std::string& name, couplet_report* report) {
   if (name == "cpu") return cpu::backend();
-  if (name != "cuda" && name != "sim") return refuse(report, "Expected \"cpu\" or \"cuda\" for `device` but received \"" + name + "\"");
+  if (name != "cuda" && name != "sim")
+    return refuse(report, "Expected \"cpu\" or \"cuda\" for `device` but received \"" + name + "\"");
   static std::mutex mutex;
   static auto* const known = new std::map<std::string, Found>;  // never destroyed: calls may run while the process ends
   std::lock_guard const lock(mutex);
@@ -76,13 +77,17 @@ const couplet_backend* open_backend(const std::string& path, const std::string& 
     return nullptr;
   }
   auto const differs = [&](const char* what, uint64_t theirs, uint64_t ours) {
-    return refuse(report, path + " has " + what + " " + std::to_string(theirs) + ", and this addon has " + std::to_string(ours));
+    return refuse(
+        report, path + " has " + what + " " + std::to_string(theirs) + ", and this addon has " + std::to_string(ours));
   };
-  if (backend->abi_version != COUPLET_ABI_VERSION) return differs("ABI version", backend->abi_version, COUPLET_ABI_VERSION);
-  if (backend->struct_bytes != sizeof(couplet_backend)) return differs("struct size", backend->struct_bytes, sizeof(couplet_backend));
+  if (backend->abi_version != COUPLET_ABI_VERSION)
+    return differs("ABI version", backend->abi_version, COUPLET_ABI_VERSION);
+  if (backend->struct_bytes != sizeof(couplet_backend))
+    return differs("struct size", backend->struct_bytes, sizeof(couplet_backend));
   if (backend->layout_version != COUPLET_LAYOUT_VERSION)
     return differs("layout version", backend->layout_version, COUPLET_LAYOUT_VERSION);
-  if (backend->name != name) return refuse(report, path + " holds the backend \"" + backend->name + "\" and not \"" + name + "\"");
+  if (backend->name != name)
+    return refuse(report, path + " holds the backend \"" + backend->name + "\" and not \"" + name + "\"");
   return backend;
 }
 

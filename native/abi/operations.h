@@ -42,6 +42,13 @@ typedef struct couplet_rotary_params {
 } couplet_rotary_params;
 
 /* ---- kmeans ---------------------------------------------------------------------------------------------------- */
+/* k-means++ and Lloyd, `problems` times. The result depends on points, weights, seed and limits alone: not on threads,
+   instruction set, or the place of a problem in the batch.
+   Weights enter the seeding and the means, not the search for the nearest centroid; their unit does not matter. A point of
+   weight 0 moves no centroid; weights that are all 0 count as all 1. Where there are fewer distinct points of positive
+   weight than centroids, each of them becomes a centroid and the remaining centroids repeat the last one. A centroid that
+   loses its points gets a new place. Equal distances go to the lowest index. Any finite numbers are allowed; a NaN, an
+   infinity or a negative weight is reported with its problem, point and channel before anything is learned. */
 typedef struct couplet_kmeans_params {
   const float* points;  /* float32; channel c of point n of problem p:
                            points[p * problem_stride + n * point_stride + c] */

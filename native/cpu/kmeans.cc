@@ -1,11 +1,228 @@
-#include "backend.h"
+// kmeans: checks, plan, progress. The learning itself is in kmeans_problem.cc.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <mutex>
+
+#include "../common/control.h"
 #include "../common/report.h"
+#include "backend.h"
+#include "kmeans_problem.h"
+#include "pool.h"
 
 namespace couplet::cpu {
-const couplet_kmeans_entries kmeans_entries = {
-    .check = [](const couplet_kmeans_params*, couplet_report* report) { return fail(report, COUPLET_UNSUPPORTED, {}, "kmeans is not built yet"); },
-    .workspace = [](const couplet_kmeans_params*) -> size_t { return 0; },
-    .run = [](const couplet_kmeans_params*, void*, void*, couplet_report* report) { return fail(report, COUPLET_UNSUPPORTED, {}, "kmeans is not built yet"); },
-    .describe = [](const couplet_kmeans_params*, char* text, size_t) { text[0] = 0; },
+
+extern const KmeansBody kmeans_portable;
+#if defined(__x86_64__)
+extern const KmeansBody kmeans_avx2;
+extern const KmeansBody kmeans_avx512;
+#endif
+
+const KmeansBody& kmeans_body([[maybe_unused]] Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx512) return kmeans_avx512;
+  if (isa == Isa::avx2) return kmeans_avx2;
+#endif
+  return kmeans_portable;
+}
+
+namespace {
+
+constexpr int32_t most_channels = 32;
+constexpr int32_t most_centroids = 4096;
+constexpr size_t most_bytes_side_by_side = size_t{1} << 30;
+// Below this many (point, centroid, channel) triples, about 0.1 ms of work, threads cost more than they help.
+constexpr int64_t least_shared_work = int64_t{1} << 23;
+
+// Problems run side by side, one thread each; those that are left over, or too large for that, run one after another
+// with all threads on each.
+struct Plan {
+  KmeansShape shape;
+  int threads;
+  int32_t side_by_side;  // the first so many problems
+  int workers;           // threads for them
+  size_t alone_bytes;    // workspace of a problem on one thread
+  size_t bytes;          // all of the workspace
+
+  explicit Plan(const couplet_kmeans_params& params) : shape(params), threads(resolve_threads(params.threads)) {
+    KmeansMemory memory;
+    alone_bytes = memory.lay_out(shape, 1, nullptr);
+    size_t const shared_bytes = memory.lay_out(shape, threads, nullptr);
+    bool const small = shape.points * shape.channels * shape.centroids < least_shared_work;
+    workers = std::min(threads, params.problems);
+    bool const fits = alone_bytes * static_cast<size_t>(workers) <= most_bytes_side_by_side;
+    if (small || threads == 1)
+      side_by_side = params.problems;
+    else
+      side_by_side = fits ? params.problems - params.problems % threads : 0;
+    bytes = std::max(side_by_side > 0 ? alone_bytes * static_cast<size_t>(workers) : 0,
+                     side_by_side < params.problems ? shared_bytes : 0);
+  }
 };
+
+// Hands progress to the caller: one call at a time, at most one per 10 ms, and always the last. A problem counts its
+// max_iterations and one more for being written; what an early end saves counts as done.
+class Progress {
+ public:
+  explicit Progress(const couplet_kmeans_params& params)
+      : control_(params.control && params.control->progress ? params.control : nullptr),
+        per_problem_(int64_t{params.max_iterations} + 1),
+        total_(per_problem_ * params.problems) {}
+
+  void iterated(int32_t problem, int32_t iteration) { advance(iteration > 0, problem, iteration); }
+  void written(int32_t problem, int32_t iterations) { advance(per_problem_ - iterations, problem, iterations); }
+
+ private:
+  void advance(int64_t steps, int32_t problem, int32_t iteration) {
+    if (!control_) return;
+    std::lock_guard const lock(mutex_);
+    done_ += steps;
+    auto const now = std::chrono::steady_clock::now();
+    if (done_ < total_ && now - last_ < std::chrono::milliseconds(10)) return;
+    last_ = now;
+    control_->progress(control_->user, done_, total_, problem, iteration);
+  }
+
+  const couplet_control* const control_;
+  int64_t const per_problem_;
+  int64_t const total_;
+  std::mutex mutex_;
+  std::chrono::steady_clock::time_point last_{};
+  int64_t done_ = 0;
+};
+
+couplet_status invalid(couplet_report* report, const char* expected, const char* name, long long received) {
+  return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %s for `%s` but received %lld", expected, name, received);
+}
+
+// Whether the last element that is read can be counted in 63 bits of bytes.
+bool addressable(int64_t outer_count, int64_t outer_stride, int64_t inner_count, int64_t inner_stride) {
+  int64_t outer, inner, last, bytes;
+  return outer_stride >= 0 && inner_stride >= 0 && !__builtin_mul_overflow(outer_count - 1, outer_stride, &outer) &&
+         !__builtin_mul_overflow(inner_count - 1, inner_stride, &inner) &&
+         !__builtin_add_overflow(outer, inner, &last) && !__builtin_add_overflow(last, most_channels, &last) &&
+         !__builtin_mul_overflow(last, int64_t{sizeof(float)}, &bytes);
+}
+
+couplet_status check(const couplet_kmeans_params* params, couplet_report* report) {
+  if (!params) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected parameters but received NULL");
+  couplet_kmeans_params const& p = *params;
+  if (!p.points) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected an array for `points` but received NULL");
+  if (!p.centroids)
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected an array for `centroids` but received NULL");
+  if (p.problems < 1) return invalid(report, "1 or more", "problems", p.problems);
+  if (p.point_count < 1) return invalid(report, "1 or more", "points", p.point_count);
+  if (p.channels < 1 || p.channels > most_channels) return invalid(report, "1 to 32", "channels", p.channels);
+  if (p.centroid_count < 1 || p.centroid_count > most_centroids)
+    return invalid(report, "1 to 4096", "centroids", p.centroid_count);
+  if (p.max_iterations < 0) return invalid(report, "0 or more", "iterations", p.max_iterations);
+  if (!(p.tolerance >= 0 && p.tolerance < 1))
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected at least 0 and less than 1 for `tolerance` but received %g", p.tolerance);
+  if (!addressable(p.problems, p.problem_stride, p.point_count, p.point_stride))
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected strides of 0 or more within memory for `points` but received %lld and %lld",
+                static_cast<long long>(p.problem_stride), static_cast<long long>(p.point_stride));
+  if (!p.weights) return COUPLET_OK;
+  if (p.weight_sharing < 1) return invalid(report, "1 or more", "weightSharing", p.weight_sharing);
+  if (!addressable((p.problems - 1) / p.weight_sharing + 1, p.weight_problem_stride, p.point_count,
+                   p.weight_point_stride))
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected strides of 0 or more within memory for `weights` but received %lld and %lld",
+                static_cast<long long>(p.weight_problem_stride), static_cast<long long>(p.weight_point_stride));
+  return COUPLET_OK;
+}
+
+// The first number that is not allowed among points [first, end) of a problem; COUPLET_OK when there is none.
+couplet_status check_numbers(const couplet_kmeans_params& params, int32_t problem, int64_t first, int64_t end,
+                             couplet_report* report) {
+  const float* const points = params.points + problem * params.problem_stride;
+  for (int64_t n = first; n < end; ++n)
+    for (int32_t c = 0; c < params.channels; ++c) {
+      float const value = points[n * params.point_stride + c];
+      if (std::isfinite(value)) continue;
+      return fail(report, COUPLET_NOT_FINITE, {.kv_head = problem, .token = n, .channel = c},
+                  "Expected finite numbers for `points` but received %f in problem %d, point %lld, channel %d",
+                  static_cast<double>(value), problem, static_cast<long long>(n), c);
+    }
+  if (!params.weights || problem % params.weight_sharing != 0) return COUPLET_OK;
+  const float* const weights = params.weights + problem / params.weight_sharing * params.weight_problem_stride;
+  for (int64_t n = first; n < end; ++n) {
+    float const weight = weights[n * params.weight_point_stride];
+    if (std::isfinite(weight) && weight >= 0) continue;
+    return fail(report, std::isfinite(weight) ? COUPLET_INVALID_ARGUMENT : COUPLET_NOT_FINITE,
+                {.kv_head = problem, .token = n},
+                "Expected finite numbers of 0 or more for `weights` but received %g in problem %d, point %lld",
+                static_cast<double>(weight), problem, static_cast<long long>(n));
+  }
+  return COUPLET_OK;
+}
+
+// All problems before any is learned: better now than after minutes. The report is that of the first bad piece.
+couplet_status check_all_numbers(const couplet_kmeans_params& params, int threads, couplet_report* report) {
+  constexpr int64_t piece_points = 1 << 15;
+  int64_t const pieces = (params.point_count + piece_points - 1) / piece_points;
+  auto const check_piece = [&](int64_t task, couplet_report* to) {
+    int64_t const first = task % pieces * piece_points;
+    int64_t const end = std::min<int64_t>(first + piece_points, params.point_count);
+    return check_numbers(params, static_cast<int32_t>(task / pieces), first, end, to);
+  };
+  int64_t const tasks = params.problems * pieces;
+  std::atomic<int64_t> first_bad{tasks};
+  parallel_for(threads, tasks, [&](int64_t task, int) {
+    if (task > first_bad || cancelled(params.control) || check_piece(task, nullptr) == COUPLET_OK) return;
+    for (int64_t seen = first_bad; task < seen && !first_bad.compare_exchange_weak(seen, task);) {
+    }
+  });
+  return first_bad == tasks ? COUPLET_OK : check_piece(first_bad, report);
+}
+
+void learn(const couplet_kmeans_params& params, const KmeansShape& shape, int32_t index, int threads, void* memory,
+           Progress& progress) {
+  if (cancelled(params.control)) return;
+  KmeansProblem problem(params, shape, kmeans_body(isa()), index, threads, memory);
+  problem.load();
+  if (problem.cancelled()) return;
+  problem.seed();
+  if (problem.cancelled()) return;
+  int32_t iteration = 0;
+  progress.iterated(index, iteration);
+  while (iteration < params.max_iterations && problem.improve()) progress.iterated(index, ++iteration);
+  if (problem.cancelled()) return;
+  problem.write();
+  if (params.iterations) params.iterations[index] = iteration;
+  progress.written(index, iteration);
+}
+
+couplet_status run(const couplet_kmeans_params* params, void* workspace, void*, couplet_report* report) {
+  if (couplet_status const status = check(params, report); status != COUPLET_OK) return status;
+  if (!workspace) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected workspace but received NULL");
+  Plan const plan(*params);
+  if (couplet_status const status = check_all_numbers(*params, plan.threads, report); status != COUPLET_OK)
+    return status;
+
+  Progress progress(*params);
+  parallel_for(plan.workers, plan.side_by_side, [&](int64_t task, int worker) {
+    char* const memory = static_cast<char*>(workspace) + static_cast<size_t>(worker) * plan.alone_bytes;
+    learn(*params, plan.shape, static_cast<int32_t>(task), 1, memory, progress);
+  });
+  for (int32_t problem = plan.side_by_side; problem < params->problems; ++problem)
+    learn(*params, plan.shape, problem, plan.threads, workspace, progress);
+  if (cancelled(params->control)) return fail(report, COUPLET_CANCELLED, {}, "kmeans was cancelled");
+  return COUPLET_OK;
+}
+
+size_t workspace_bytes(const couplet_kmeans_params* params) { return Plan(*params).bytes; }
+
+void describe(const couplet_kmeans_params*, char* text, size_t text_bytes) {
+  std::snprintf(text, text_bytes, "kmeans %s", isa_name(isa()));
+}
+
+}  // namespace
+
+const couplet_kmeans_entries kmeans_entries = {
+    .check = check, .workspace = workspace_bytes, .run = run, .describe = describe};
+
 }  // namespace couplet::cpu

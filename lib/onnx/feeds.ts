@@ -1,5 +1,6 @@
 /** The inputs of a decoder graph for a batch of rows, padded on the left to a common number of columns. */
 import type { NativeFeed } from '../native/onnxruntime'
+import { firstLogitInput } from './logits'
 
 export interface BatchRow {
   /** Tokens that the sequence has already. */
@@ -8,17 +9,12 @@ export interface BatchRow {
 }
 
 /** Inputs that couplet knows how to feed; a graph with another one is refused. */
-export const knownInputs = ['input_ids', 'attention_mask', 'position_ids', 'num_logits_to_keep'] as const
-export type KnownInput = (typeof knownInputs)[number]
-
-export function isKnownInput(name: string): name is KnownInput {
-  return knownInputs.some((known) => known === name)
-}
+export const knownInputs: readonly string[] = ['input_ids', 'attention_mask', 'position_ids', 'num_logits_to_keep']
 
 /** Feeds of the named inputs. `lastOnly`: only the logits of the last column are wanted. */
-export function feedsOf(names: readonly KnownInput[], rows: readonly BatchRow[], lastOnly: boolean): NativeFeed[] {
+export function feedsOf(names: readonly string[], rows: readonly BatchRow[], lastOnly: boolean): NativeFeed[] {
   const columns = Math.max(...rows.map(({ tokens }) => tokens.length))
-  const makers: Record<KnownInput, () => Pick<NativeFeed, 'dims' | 'data'>> = {
+  const makers: Record<string, () => Pick<NativeFeed, 'dims' | 'data'>> = {
     input_ids: () => matrix(rows, columns, ({ tokens }, data, end) => {
       for (let i = 0; i < tokens.length; i++) data[end - tokens.length + i] = BigInt(tokens[i]!)
     }),
@@ -35,8 +31,9 @@ export function feedsOf(names: readonly KnownInput[], rows: readonly BatchRow[],
       for (let i = 0; i < tokens.length; i++) data[end - tokens.length + i] = BigInt(past + i)
     }),
     num_logits_to_keep: () => ({ dims: [], data: BigInt64Array.of(lastOnly ? 1n : 0n) }),
+    [firstLogitInput]: () => ({ dims: [1], data: BigInt64Array.of(lastOnly ? BigInt(columns - 1) : 0n) }),
   }
-  return names.map((name) => ({ name, ...makers[name]() }))
+  return names.map((name) => ({ name, ...makers[name]!() }))
 }
 
 /** int64 [rows][columns], zero but for what `fill` writes in each row; `end` is the index after the row's last element. */

@@ -11,10 +11,11 @@ import { addon } from '../native/addon'
 import { abortable } from '../native/call'
 import type { NativeOutput, NativeSession } from '../native/onnxruntime'
 import { Capture } from './capture'
-import type { BatchRow, KnownInput } from './feeds'
-import { feedsOf, isKnownInput, knownInputs } from './feeds'
+import type { BatchRow } from './feeds'
+import { feedsOf, knownInputs } from './feeds'
 import { fingerprintFiles } from './fingerprint'
 import { openOnnxruntime } from './library'
+import { cutLogits, firstLogitInput } from './logits'
 import type { Model } from './proto'
 import { decodeModel, decodeTensor, encodeModel } from './proto'
 import type { AttentionLayer } from './rewrite'
@@ -76,7 +77,10 @@ export interface ModelRunResult {
   outputs: Record<string, ModelTensor>
 }
 
-type ModelParts = Pick<DecoderModel, 'shape' | 'fingerprint' | 'cache' | 'inputNames' | 'vocabulary'> & { outputNames: readonly string[] }
+type ModelParts = Pick<DecoderModel, 'shape' | 'fingerprint' | 'cache' | 'inputNames' | 'vocabulary'> & {
+  feedNames: readonly string[]
+  outputNames: readonly string[]
+}
 
 /**
  * A decoder graph whose attention runs on couplet's cache, in an onnxruntime session of its own. The graph is an ONNX file with
@@ -91,11 +95,13 @@ export class DecoderModel {
   readonly inputNames: readonly string[]
   /** Tokens the model knows, as far as the graph says. */
   readonly vocabulary: number | undefined
+  readonly #feedNames: readonly string[]
   readonly #outputNames: readonly string[]
   #session: NativeSession | undefined
 
   private constructor(session: NativeSession, parts: ModelParts) {
     this.#session = session
+    this.#feedNames = parts.feedNames
     this.#outputNames = parts.outputNames
     this.shape = parts.shape
     this.fingerprint = parts.fingerprint
@@ -122,6 +128,7 @@ export class DecoderModel {
     const files = [file, ...externalFiles(graph).map((name) => join(folder, name))]
     const layers = await rewriteAttention(graph, folder)
     const ports = describeGraph(graph)
+    const feedNames = cutLogits(graph) ? [...ports.inputNames, firstLogitInput] : ports.inputNames
 
     const [session, fingerprint] = await Promise.all([
       addon().createSession({ library, model: encodeModel(graph), folder, threads: threads === 0 ? availableParallelism() : threads }),
@@ -133,7 +140,7 @@ export class DecoderModel {
       const shape = shapeOf(layers)
       codebook?.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
       const cache = createCache(shape, layers, options)
-      return new DecoderModel(session, { shape, fingerprint, cache, ...ports })
+      return new DecoderModel(session, { shape, fingerprint, cache, feedNames, ...ports })
     } catch (error) {
       addon().disposeSession(session)
       throw error
@@ -173,7 +180,7 @@ export class DecoderModel {
           step: step.native,
           capture: capture?.native,
           cancel,
-          feeds: feedsOf(this.inputNames as KnownInput[], batch, logits === 'last'),
+          feeds: feedsOf(this.#feedNames, batch, logits === 'last'),
           outputs: [...this.#outputNames],
           logits: 'logits',
           lastColumn: logits === 'last',
@@ -243,7 +250,7 @@ function externalFiles({ initializers }: Model): string[] {
 /** Inputs and outputs of a rewritten graph, if they are a decoder's. */
 function describeGraph({ graph }: Model): { inputNames: string[]; outputNames: string[]; vocabulary: number | undefined } {
   const inputNames = graph.input.map(({ name }) => name).filter((name) => name !== runInput)
-  const unknown = inputNames.find((name) => !isKnownInput(name))
+  const unknown = inputNames.find((name) => !knownInputs.includes(name))
   if (unknown !== undefined || !inputNames.includes('input_ids')) {
     const problem = unknown === undefined ? 'the graph has no input "input_ids"' : `the graph has the input "${unknown}"`
     throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `Cannot run this model: ${problem}; couplet feeds ${knownInputs.join(', ')}`)

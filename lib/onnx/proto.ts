@@ -150,6 +150,7 @@ export const ModelSchema = schema<ModelProto>('ModelProto')
 export const GraphSchema = schema<GraphProto>('GraphProto')
 export const NodeSchema = schema<NodeProto>('NodeProto')
 export const TensorSchema = schema<TensorProto>('TensorProto')
+export const DimensionSchema = schema<Dimension>('Dimension')
 export const ValueInfoSchema = schema<ValueInfoProto>('ValueInfoProto')
 export const OperatorSetSchema = schema<OperatorSet>('OperatorSetIdProto')
 
@@ -209,6 +210,11 @@ export function encodeTensor(tensor: MessageInitShape<typeof TensorSchema>): Uin
 
 export function createNode(node: MessageInitShape<typeof NodeSchema>): NodeProto {
   return create(NodeSchema, node)
+}
+
+/** Declares an int64 value of one element. */
+export function oneInteger(name: string): ValueInfoProto {
+  return create(ValueInfoSchema, { name, type: { tensorType: { elemType: DataType.int64, shape: { dim: [{ dimValue: 1n }] } } } })
 }
 
 /** The values of the packed encoding of a `repeated int32` field. */

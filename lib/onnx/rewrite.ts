@@ -8,7 +8,7 @@ import { create } from '@bufbuild/protobuf'
 import { CoupletError } from '../errors'
 import { attribute, GraphIndex, removeUnused, subgraphs } from './graph'
 import type { Model, NodeProto, TensorProto } from './proto'
-import { AttributeType, createNode, DataType, OperatorSetSchema, ValueInfoSchema } from './proto'
+import { AttributeType, createNode, DataType, oneInteger, OperatorSetSchema } from './proto'
 import type { RotaryTables } from './rotary'
 import { plainTheta } from './rotary'
 import { readFloats } from './tensors'
@@ -92,7 +92,7 @@ export async function rewriteAttention(model: Model, folder: string | undefined)
 
   const left = [...graph.input, ...graph.output].find(({ name }) => /^(past|present)([._]|$)/.test(name))
   if (left) refuse(`"${left.name}" belongs to a state that is not a GroupQueryAttention's`)
-  graph.input.push(create(ValueInfoSchema, { name: runInput, type: { tensorType: { elemType: DataType.int64, shape: { dim: [{ dimValue: 1n }] } } } }))
+  graph.input.push(oneInteger(runInput))
   head.opsetImport.push(create(OperatorSetSchema, { domain: 'couplet', version: 1n }))
   return sites.map(({ layer }) => layer)
 }

@@ -33,6 +33,10 @@ export interface DecoderShape {
   totalInput?: boolean
   /** Adds a learned embedding of positions, and of the length of the text that the mask tells. */
   learnedPositions?: boolean
+  /** An input num_logits_to_keep: logits of that many last columns, 0 for all. */
+  keepInput?: boolean
+  /** Ends with a softcap of the logits. */
+  finalSoftcap?: boolean
 }
 
 /** A decoder: embedding, `layers` of attention with a residual, logits. Queries, keys and values are about standard normal. */
@@ -43,9 +47,9 @@ export function decoder(shape: DecoderShape = {}): Model {
   } = shape
   const random = normals(seed)
   const model: Model = { head: create(ModelSchema, { irVersion: 9n }), graph: create(GraphSchema, { name: 'decoder' }), initializers: new Map() }
-  const { head, graph } = model
+  const { graph } = model
   const floatType = DataType[type === 'float32' ? 'float' : 'float16']
-  head.opsetImport = [{ domain: '', version: rotary === 'onnx' ? 23n : 17n }, { domain: 'com.microsoft', version: 1n }]
+  model.head.opsetImport = [{ domain: '', version: rotary === 'onnx' ? 23n : 17n }, { domain: 'com.microsoft', version: 1n }]
     .map((set) => create(OperatorSetSchema, set))
 
   const add = (opType: string, input: string[], output: string[] | string, attributes: Record<string, Attribute> = {}, domain = '') => {
@@ -149,7 +153,22 @@ export function decoder(shape: DecoderShape = {}): Model {
       outputs.push(value(`present.${layer}.${side}`, floatType, ['batch', kvHeads, 'total', headDim]))
     }
   }
-  add('MatMul', [stream, weights('logits.weight', hidden, vocabulary)], 'logits')
+  if (shape.keepInput) {
+    inputs.push(value('num_logits_to_keep', DataType.int64, []))
+    add('Neg', ['num_logits_to_keep'], 'keep.negative')
+    add('Reshape', ['keep.negative', 'one'], 'keep.start')
+    stream = add('Slice', [stream, 'keep.start', integers('keep.end', [1], [2 ** 40]), 'one'], 'kept')
+  }
+  const head = weights('logits.weight', hidden, vocabulary)
+  if (shape.finalSoftcap) {
+    const cap = floats('cap', [1], Float32Array.of(3))
+    add('MatMul', [stream, head], 'uncapped')
+    add('Div', ['uncapped', cap], 'uncapped.scaled')
+    add('Tanh', ['uncapped.scaled'], 'capped.scaled')
+    add('Mul', ['capped.scaled', cap], 'logits')
+  } else {
+    add('MatMul', [stream, head], 'logits')
+  }
   const typed = create(GraphSchema, { input: inputs, output: outputs })
   graph.input = typed.input
   graph.output = typed.output

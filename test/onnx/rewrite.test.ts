@@ -8,6 +8,7 @@ import { attribute } from '../../lib/onnx/graph'
 import type { Model, NodeProto } from '../../lib/onnx/proto'
 import { createNode, DataType, decodeModel, encodeModel, encodeTensor } from '../../lib/onnx/proto'
 import { plainTheta } from '../../lib/onnx/rotary'
+import { cutLogits } from '../../lib/onnx/logits'
 import { rewriteAttention } from '../../lib/onnx/rewrite'
 import type { DecoderShape } from './graphs'
 import { decoder } from './graphs'
@@ -77,6 +78,18 @@ describe('onnx rewriting', () => {
     assert.equal(plainTheta(new Float32Array(64).fill(1), new Float32Array(64), 16), undefined)
   })
 
+  it('projects the wanted columns alone to the vocabulary', () => {
+    const real = decodeModel(readFileSync(join(__dirname, '../../models/tiny-llama-bytes/onnx/model.onnx')))
+    for (const model of [real, decoder(), decoder({ finalSoftcap: true }), decoder({ type: 'float16' })]) {
+      assert.ok(cutLogits(model))
+      assert.equal(nodesOf(model, 'Slice')[0]!.output[0], nodesOf(model, 'MatMul').at(-1)!.input[0])
+    }
+    assert.ok(!cutLogits(decoder({ keepInput: true })), 'the graph does so itself')
+    const odd = decoder()
+    odd.graph.node.at(-1)!.opType = 'Conv'
+    assert.ok(!cutLogits(odd), 'an unknown projection')
+  })
+
   const attention = (model: Model) => nodesOf(model, 'GroupQueryAttention')[0]!
   const setInteger = (node: NodeProto, name: string, value: number) => {
     node.attribute = node.attribute.filter((given) => given.name !== name)
@@ -133,10 +146,11 @@ describe('onnx rewriting', () => {
 
   it('survives damaged files: it rewrites them or says why not', async function () {
     this.timeout(60_000)
-    const files = [decoder({ layers: 1, hidden: 8, vocabulary: 8, positions: 4 }), decoder({ layers: 1, hidden: 8, vocabulary: 8, positions: 4, rotary: 'nodes4d' })]
-      .map((model) => encodeModel(model))
+    const shape = { layers: 1, hidden: 8, vocabulary: 8, positions: 4 }
+    const file = fc.constantFrom(...[decoder(shape), decoder({ ...shape, rotary: 'nodes4d' })].map((model) => encodeModel(model)))
+    const flips = fc.array(fc.tuple(fc.nat(), fc.nat(255)), { minLength: 1, maxLength: 6 })
     await fc.assert(
-      fc.asyncProperty(fc.constantFrom(...files), fc.array(fc.tuple(fc.nat(), fc.nat(255)), { minLength: 1, maxLength: 6 }), fc.option(fc.nat()), async (file, flips, cut) => {
+      fc.asyncProperty(file, flips, fc.option(fc.nat()), async (file, flips, cut) => {
         const damaged = file.slice(0, cut === null ? file.length : cut % file.length)
         for (const [place, value] of flips) if (damaged.length > 0) damaged[place % damaged.length] = value
         let model: Model
@@ -147,6 +161,7 @@ describe('onnx rewriting', () => {
         }
         try {
           await rewriteAttention(model, __dirname)
+          cutLogits(model)
           encodeModel(model)
         } catch (error) {
           assert.ok(error instanceof CoupletError, String((error as Error).stack))

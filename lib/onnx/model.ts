@@ -189,12 +189,15 @@ export class DecoderModel {
       })
       step.commit()
       return resultOf(outputs)
+    } catch (error) {
+      // Whatever the cache or the graph made of it.
+      throw this.#isDisposed() ? disposedError('model') : error
     } finally {
       step[Symbol.dispose]()
     }
   }
 
-  /** Frees the session and the cache; runs under way end first. */
+  /** Frees the session and the cache; runs under way reject with `ERR_COUPLET_DISPOSED`. Idempotent. */
   dispose(): void {
     if (this.#session === undefined) return
     addon().disposeSession(this.#session)
@@ -204,6 +207,10 @@ export class DecoderModel {
 
   [Symbol.dispose](): void {
     this.dispose()
+  }
+
+  #isDisposed(): boolean {
+    return this.#session === undefined
   }
 
   #checkRows(rows: readonly ModelRow[]): void {

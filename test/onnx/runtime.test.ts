@@ -132,7 +132,7 @@ describe('onnx runtime', () => {
     const running = gone.run([{ sequence: gone.sequence(), tokens: ids(60) }])
     gone.dispose()
     gone.dispose()
-    await running.catch((error: { code: string }) => assert.equal(error.code, 'ERR_COUPLET_DISPOSED'))
+    await assert.rejects(running, { code: 'ERR_COUPLET_DISPOSED' })
     await assert.rejects(gone.run([]), { code: 'ERR_COUPLET_DISPOSED' })
   })
 

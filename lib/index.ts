@@ -8,6 +8,7 @@ export type { CodebookMetadata, CodebookTables, ExpectedCodebook, LearnedFrom, R
 export { Codebook } from './codebook'
 export type { Codec, CodecLike } from './codec'
 export { codec } from './codec'
+export type { Float16ArrayLike } from './arguments'
 export type { CodesShape, CodesSyncOptions, DecodeOptions, DecodeSyncOptions, EncodeOptions, EncodeSyncOptions, Rows } from './codes'
 export { codesBytes, decode, decodeSync, encode, encodeSync } from './codes'
 export type { CoupletErrorCode, ErrorPlace } from './errors'

@@ -68,7 +68,8 @@ export function codesBytes(shape: CodesShape): number {
 
 /**
  * The code of the nearest centroid (least squared distance, ties to the lowest index) of every group of every row.
- * Arrays are read in place while the promise is pending: neither change them nor transfer their buffers before then.
+ * Arrays are read in place while the promise is pending: neither change them nor transfer their buffers before it settles. Arrays
+ * over a SharedArrayBuffer are welcome.
  *
  * @param rows [tokens][kvHeads][headDim], or as tokenStride and headStride say
  * @returns codes, [pages][kvHeads][page bytes]

@@ -75,8 +75,12 @@ export interface KmeansResult {
 
 /**
  * Weighted k-means of many independent problems at once: k-means++ seeding (probability ~ weight * distance squared), then Lloyd.
- * Weights enter only the seeding and the means. `points` is read in place while the promise is pending: do not change it, and
- * do not transfer its buffer, before then. docs/algorithm.md has the details (empty clusters, equal points, zero weights).
+ * Weights enter only the seeding and the means. Equal distances go to the lowest index, and a centroid that loses its points gets
+ * a new place. Where there are fewer distinct points of positive weight than centroids, each of them becomes a centroid and the
+ * last one is repeated; weights that are all 0 count as all 1. docs/algorithm.md has the formulas.
+ *
+ * Arrays are read in place while the promise is pending: neither change them nor transfer their buffers before it settles. Arrays
+ * over a SharedArrayBuffer are welcome.
  *
  * @param points float32 [problems][points][channels], or as `layout` says
  * @throws {RangeError} `ERR_COUPLET_NOT_FINITE` with problem, point and channel, for a NaN or an infinity in points or weights

@@ -101,8 +101,8 @@ struct CacheStatistics {
   int64_t bookkeeping_bytes = 0;  // page tables, block headers, scratch of attend: an estimate from below
   int64_t budget_bytes = 0;
   int64_t peak_bytes = 0;  // highest page_bytes + raw_bytes so far
-  double bits_per_channel =
-      0;  // 8 * (page_bytes + raw_bytes + codebook_bytes) / (tokens * layers * 2 * kv_heads * head_dim)
+  // 8 * (page_bytes + raw_bytes + codebook_bytes) / (tokens * layers * 2 * kv_heads * head_dim), 0 without tokens
+  double bits_per_channel = 0;
 };
 
 class Step;
@@ -123,8 +123,8 @@ class Cache : public std::enable_shared_from_this<Cache> {
 
   couplet_status create_sequence(SequenceId* out, couplet_report* report);
   couplet_status fork(SequenceId from, SequenceId* out, couplet_report* report);
-  // Keeps the first `tokens`. A coded token stays coded: after a cut into them the window holds fewer tokens than
-  // config().window until enough new ones have come, which is what a token read from codes costs, no more.
+  // Keeps the first `tokens`. A coded token stays coded: after a cut into them the sequence holds fewer than config().window
+  // tokens in full precision until enough new ones have come.
   couplet_status truncate(SequenceId sequence, int64_t tokens, couplet_report* report);
   couplet_status reset(SequenceId sequence, couplet_report* report);  // truncate to 0
   couplet_status drop(SequenceId sequence, couplet_report* report);
@@ -163,7 +163,7 @@ class Step {
   couplet_status attend(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
                         couplet_report* report);
   couplet_status commit(couplet_report* report);  // refuses while a layer is missing
-  void abort() noexcept;  // takes effect at its end when an attend is running; does nothing after commit
+  void abort() noexcept;  // while attend runs it takes effect when that ends; after commit it does nothing
 
   const std::shared_ptr<Cache>& cache() const;
 

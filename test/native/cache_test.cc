@@ -537,13 +537,14 @@ void test_fork_shares() {
         static_cast<long long>(cache->memory_bytes()));
 }
 
-void test_threads() {
+void test_threads(const couplet_backend* backend) {
   Random random(13);
-  Tables const tables(fake_backend(), &random);
+  Tables const tables(backend, &random);
+  CacheConfig config = small_config(4, 8);
+  config.threads = 2;
   std::shared_ptr<Cache> cache;
   couplet_report report{};
-  CHECK(Cache::create(fake_backend(), small_config(4, 8), tables.codebook, &cache, &report) == COUPLET_OK, "%s",
-        report.detail);
+  CHECK(Cache::create(backend, config, tables.codebook, &cache, &report) == COUPLET_OK, "%s", report.detail);
   SequenceId root = 0;
   CHECK(cache->create_sequence(&root, &report) == COUPLET_OK, "%s", report.detail);
   CHECK(append(cache.get(), root, 50, &random, &report) == COUPLET_OK, "%s", report.detail);
@@ -641,7 +642,8 @@ int main() {
   test_states();
   test_encodes_once();
   test_fork_shares();
-  test_threads();
+  test_threads(fake_backend());
+  test_threads(find_backend("cpu", nullptr));
   test_abort_while_running();
   CHECK(allocated_bytes == 0, "%lld bytes were never released", static_cast<long long>(allocated_bytes));
   return finish();

@@ -1,0 +1,163 @@
+import { createRequire } from 'node:module'
+import path from 'node:path'
+import { Cache } from '../lib/cache'
+import { Codebook } from '../lib/codebook'
+import { codec as parseCodec } from '../lib/codec'
+import { openOnnxruntime } from '../lib/onnx/library'
+import { type Binding, gqa, type Precision } from './gqa'
+import { measure, normals, relativeError } from './measure'
+import type { Row, Table } from './report'
+
+export interface AttendShape {
+  codec: string
+  tokens: number
+  queryHeads: number
+  kvHeads: number
+  headDim: number
+  threads: number
+}
+
+interface Peers {
+  floatAttention<T extends Float32Array | Uint16Array>(shape: Int32Array, scale: number, queries: Float32Array, keys: T, values: T, out: Float32Array): void
+  toHalf(from: Float32Array): Uint16Array
+  bindGraph(library: string, model: Uint8Array, threads: number, inputs: Binding[], outputs: Binding[]): unknown
+  runGraph(graph: unknown): void
+}
+
+const theta = 500_000
+
+/** One decode step of one sequence; with `peers`, the same step by others in this process. */
+export async function benchAttend(shape: AttendShape, peersAt: string | undefined): Promise<Table> {
+  const { tokens, queryHeads, kvHeads, headDim, threads } = shape
+  const codec = parseCodec(shape.codec)
+  const tables = () => normals(kvHeads * headDim * codec.centroids, 4)
+  using codebook = Codebook.fromTables({
+    keyTables: [tables()], valueTables: [normals(kvHeads * headDim * codec.centroids, 5)], keyCodec: codec, valueCodec: codec, kvHeads, headDim,
+    metadata: { formatVersion: 1, rotary: { kind: 'half', dim: headDim, theta }, model: null, learned: null },
+  })
+  using cache = new Cache({ codebook, queryHeads, sinks: 0, window: 0, threads, rotary: { kind: 'half', dim: headDim, theta, positions: tokens + 1 } })
+  using sequence = cache.sequence()
+
+  // Random centroids of random codes are what the cache then holds exactly: rows to be stored are drawn from the tables.
+  const width = kvHeads * headDim
+  const keys = drawRows(codebook.keyTable(0), tokens, kvHeads, headDim, codec.groupChannels, codec.centroids, 6)
+  const values = drawRows(codebook.valueTable(0), tokens, kvHeads, headDim, codec.groupChannels, codec.centroids, 7)
+  const fill = cache.begin([{ sequence, tokens: tokens - 1 }])
+  fill.appendSync(0, [{ keys: keys.subarray(0, (tokens - 1) * width), values: values.subarray(0, (tokens - 1) * width) }])
+  fill.commit()
+
+  const queries = normals(queryHeads * headDim, 8)
+  const newest = (tokens - 1) * width
+  const last = { queries, keys: keys.subarray(newest), values: values.subarray(newest), out: new Float32Array(queryHeads * headDim) }
+  const decode = () => {
+    const step = cache.begin([{ sequence, tokens: 1 }])
+    step.attendSync(0, [last])
+    step.abort()
+  }
+  decode()
+  const rotated = rotate(keys, tokens, kvHeads, headDim)
+  const headFirst = { keys: byHead(rotated, tokens, kvHeads, headDim), values: byHead(values, tokens, kvHeads, headDim) }
+  const rotatedQueries = rotate(queries, 1, queryHeads, headDim, tokens - 1)
+  const expected = reference(rotatedQueries, headFirst.keys, headFirst.values, shape)
+  const error = relativeError(last.out, expected)
+  if (!(error < 1e-4)) throw new Error(`attend is off by ${error} from the reference in double precision`)
+
+  const rows: Row[] = []
+  const add = async (what: string, out: Float32Array, least: number, call: () => void) => {
+    call()
+    const off = relativeError(out, expected)
+    if (!(off < least)) throw new Error(`${what} is off by ${off} from the reference in double precision`)
+    const timing = await measure(call)
+    rows.push({ what, value: timing.cpu * 1e9 / tokens / kvHeads, error: off, wallMs: timing.wall * 1e3, repeats: timing.repeats })
+  }
+  await add(`couplet ${codec.name}`, last.out, 1e-4, decode)
+  if (peersAt !== undefined) {
+    const peers = createRequire(path.join(process.cwd(), 'x'))(peersAt) as Peers
+    const heads = queryHeads / kvHeads
+    if ([1, 2, 4, 8].includes(heads) && headDim % 64 === 0 && threads === 1) {
+      const counts = Int32Array.of(queryHeads, kvHeads, headDim, tokens)
+      const out = new Float32Array(queryHeads * headDim)
+      const scale = 1 / Math.sqrt(headDim)
+      await add('float32 attention, ours', out, 1e-4, () => { peers.floatAttention(counts, scale, rotatedQueries, headFirst.keys, headFirst.values, out) })
+      const half = { keys: peers.toHalf(headFirst.keys), values: peers.toHalf(headFirst.values) }
+      await add('float16 attention, ours', out, 1e-2, () => { peers.floatAttention(counts, scale, rotatedQueries, half.keys, half.values, out) })
+    }
+    const library = openOnnxruntime()
+    for (const precision of ['float32', 'int8', 'int4'] as Precision[]) {
+      const { model, inputs, outputs, out } = gqa(precision, shape, rotatedQueries, headFirst.keys, headFirst.values)
+      const graph = peers.bindGraph(library.library, model, threads, inputs, outputs)
+      await add(`onnxruntime ${library.version} GroupQueryAttention ${precision}`, out, precision === 'float32' ? 1e-4 : 2, () => { peers.runGraph(graph) })
+    }
+  }
+  return {
+    operation: 'attend',
+    shape: { ...shape },
+    unit: 'CPU nanoseconds a token and kv head = CPU time of one decode step / tokens / kvHeads; error against double precision on the same keys and values',
+    rows,
+  }
+}
+
+function drawRows(table: Float32Array, tokens: number, kvHeads: number, headDim: number, width: number, centroids: number, seed: number): Float32Array {
+  const groups = headDim / width
+  const rows = new Float32Array(tokens * kvHeads * headDim)
+  let state = seed
+  for (let unit = 0; unit < tokens * kvHeads * groups; unit++) {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0
+    const row = (unit % (kvHeads * groups)) * centroids + Math.floor((state / 4294967296) * centroids)
+    rows.set(table.subarray(row * width, (row + 1) * width), unit * width)
+  }
+  return rows
+}
+
+/** Half-split rotary embedding of [token][head][headDim], in double precision. */
+function rotate(rows: Float32Array, tokens: number, heads: number, headDim: number, first = 0): Float32Array {
+  const out = new Float32Array(rows.length)
+  const half = headDim / 2
+  for (let t = 0; t < tokens; t++) {
+    for (let i = 0; i < half; i++) {
+      const angle = (t + first) * theta ** (-i / half)
+      const cos = Math.cos(angle)
+      const sin = Math.sin(angle)
+      for (let h = 0; h < heads; h++) {
+        const at = (t * heads + h) * headDim + i
+        const x = rows[at] as number
+        const y = rows[at + half] as number
+        out[at] = x * cos - y * sin
+        out[at + half] = y * cos + x * sin
+      }
+    }
+  }
+  return out
+}
+
+/** [token][head][headDim] to [head][token][headDim]. */
+function byHead(rows: Float32Array, tokens: number, heads: number, headDim: number): Float32Array {
+  const out = new Float32Array(rows.length)
+  for (let t = 0; t < tokens; t++) {
+    for (let h = 0; h < heads; h++) out.set(rows.subarray((t * heads + h) * headDim, (t * heads + h + 1) * headDim), (h * tokens + t) * headDim)
+  }
+  return out
+}
+
+function reference(queries: Float32Array, keys: Float32Array, values: Float32Array, { tokens, queryHeads, kvHeads, headDim }: AttendShape): Float64Array {
+  const out = new Float64Array(queryHeads * headDim)
+  const scores = new Float64Array(tokens)
+  for (let head = 0; head < queryHeads; head++) {
+    const start = Math.floor(head / (queryHeads / kvHeads)) * tokens * headDim
+    let highest = -Infinity
+    for (let t = 0; t < tokens; t++) {
+      let sum = 0
+      for (let c = 0; c < headDim; c++) sum += (queries[head * headDim + c] as number) * (keys[start + t * headDim + c] as number)
+      scores[t] = sum / Math.sqrt(headDim)
+      highest = Math.max(highest, scores[t] as number)
+    }
+    let total = 0
+    for (let t = 0; t < tokens; t++) {
+      const p = Math.exp((scores[t] as number) - highest)
+      total += p
+      for (let c = 0; c < headDim; c++) out[head * headDim + c] = (out[head * headDim + c] as number) + p * (values[start + t * headDim + c] as number)
+    }
+    for (let c = 0; c < headDim; c++) out[head * headDim + c] = (out[head * headDim + c] as number) / total
+  }
+  return out
+}

@@ -1,0 +1,177 @@
+import { createHash } from 'node:crypto'
+import { chunks } from './chunks'
+import { type Codec, codec as parseCodec } from './codec'
+import { Codebook } from './codebook'
+import { rangeError, typeError } from './errors'
+import { kmeans } from './kmeans'
+import { Capture } from './onnx/capture'
+import { DecoderModel } from './onnx/model'
+import { loadTokenizer } from './tokenizer'
+
+/** What the importance of a token is when centroids are learned; see docs/algorithm.md. */
+export type WeightKind = 'uniform' | 'attention'
+
+export interface CalibrationProgress {
+  /** `capture`: tokens are run through the model; `learn`: centroids are learned. */
+  phase: 'capture' | 'learn'
+  done: number
+  total: number
+}
+
+interface Common {
+  /** Seed of the reservoir and of k-means. Default 0. The same seed and text give the same codebook on any number of threads. */
+  seed?: number | bigint
+  threads?: number
+  signal?: AbortSignal
+  onProgress?: (progress: CalibrationProgress) => void
+}
+
+export interface CaptureActivationsOptions extends Common {
+  /** Text to run, or its token ids. */
+  text: string | ArrayLike<number>
+  /** Where the tokenizer lies; needed for a text. */
+  directory?: string
+  /** Tokens of a chunk; every chunk is a sequence of its own. Default 512. */
+  length?: number
+  /** Tokens kept at most, a uniform sample of all that were run. Default 32768. Memory: points * layers * 2 * kvHeads * headDim * 4 bytes. */
+  points?: number
+  weights?: WeightKind
+}
+
+export interface LearnOptions extends Common {
+  /** Such as `'cq-8c8b'`, or one for each side. */
+  codec: string | Codec | { key: string | Codec; value: string | Codec }
+  /** Lloyd iterations at most. Default 100. */
+  iterations?: number
+}
+
+/** Activations of a text, from which any number of codebooks can be learned. */
+export interface Captured {
+  readonly capture: Capture
+  readonly model: DecoderModel
+  readonly weights: WeightKind
+  /** Tokens run. */
+  readonly tokens: number
+  /** SHA-256 of the text. */
+  readonly text: string
+  dispose(): void
+  [Symbol.dispose](): void
+}
+
+/**
+ * Runs a text through a model at full precision and keeps a sample of its keys (before rotary embedding) and values.
+ * Memory stays bounded by `points`, whatever the length of the text.
+ *
+ * @throws {RangeError} `ERR_COUPLET_INVALID_ARGUMENT` when the text has no token
+ */
+export async function captureActivations(model: DecoderModel, options: CaptureActivationsOptions): Promise<Captured> {
+  const { length = 512, points = 32768, weights = 'uniform', seed = 0, signal, onProgress, directory } = options
+  const tokens = await tokenIds(options.text, directory)
+  if (tokens.length === 0) throw rangeError('Expected a text of at least one token for `text` but received an empty one')
+  const capture = new Capture({ model, points: Math.min(points, tokens.length), weights, seed })
+  try {
+    let done = 0
+    for (const chunk of chunks(tokens, length)) {
+      using sequence = model.sequence()
+      await model.run([{ sequence, tokens: chunk }], { capture, logits: 'last', ...(signal && { signal }) })
+      done += chunk.length
+      onProgress?.({ phase: 'capture', done, total: tokens.length })
+    }
+  } catch (error) {
+    capture.dispose()
+    throw error
+  }
+  const dispose = () => { capture.dispose() }
+  return { capture, model, weights, tokens: tokens.length, text: hash(tokens), dispose, [Symbol.dispose]: dispose }
+}
+
+/**
+ * Learns one codebook from captured activations: one batch of weighted k-means problems a side, a problem being
+ * a (layer, kv head, group).
+ */
+export async function learnCodebook(captured: Captured, options: LearnOptions): Promise<Codebook> {
+  const { capture, model } = captured
+  const { layers, kvHeads, headDim, rotary } = model.shape
+  const { iterations = 100, seed = 0, threads, signal, onProgress } = options
+  const codecs = bothSides(options.codec)
+
+  const learnSide = async (side: 'key' | 'value', offset: number): Promise<Float32Array[]> => {
+    const { groupChannels, centroids } = codecs[side]
+    const groups = headDim / groupChannels
+    if (!Number.isInteger(groups)) throw rangeError(`Expected a codec whose group channels divide headDim ${headDim} but received "${codecs[side].name}"`)
+    const weights = side === 'key' ? capture.keyWeights : capture.valueWeights
+    const result = await kmeans(side === 'key' ? capture.keys : capture.values, {
+      problems: layers * kvHeads * groups,
+      points: capture.tokensKept,
+      channels: groupChannels,
+      centroids,
+      iterations,
+      seed,
+      // The reservoir is [token][layer][kvHead][headDim]: consecutive groups are consecutive problems.
+      layout: {
+        problemStride: groupChannels,
+        pointStride: layers * kvHeads * headDim,
+        weightProblemStride: 1,
+        weightPointStride: layers * kvHeads,
+        weightSharing: groups,
+      },
+      ...(weights && { weights }),
+      ...(threads !== undefined && { threads }),
+      ...(signal && { signal }),
+      ...(onProgress && { onProgress: ({ done, total }) => { onProgress({ phase: 'learn', done: offset * total + done, total: 2 * total }) } }),
+    })
+    const stride = kvHeads * groups * centroids * groupChannels
+    return Array.from({ length: layers }, (_, layer) => result.centroids.subarray(layer * stride, (layer + 1) * stride))
+  }
+
+  const keyTables = await learnSide('key', 0)
+  const valueTables = await learnSide('value', 1)
+  return Codebook.fromTables({
+    keyTables, valueTables, keyCodec: codecs.key, valueCodec: codecs.value, kvHeads, headDim,
+    metadata: {
+      formatVersion: 1,
+      rotary,
+      model: model.fingerprint,
+      learned: { weights: captured.weights, iterations, seed: String(seed), tokens: captured.tokens, text: captured.text },
+    },
+  })
+}
+
+export interface CalibrateOptions extends CaptureActivationsOptions, LearnOptions {
+  /** Directory of the model (config.json, tokenizer.json, onnx/model.onnx). */
+  model: string
+}
+
+/**
+ * Learns a codebook for a model from a text: `captureActivations`, then `learnCodebook`.
+ *
+ * @example
+ * const codebook = await calibrate({ model: 'models/tiny-llama-bytes', text, codec: 'cq-8c8b', weights: 'attention' })
+ * await codebook.save('tiny.cq-8c8b.safetensors')
+ */
+export async function calibrate(options: CalibrateOptions): Promise<Codebook> {
+  const model = await DecoderModel.load(options.model, options.threads === undefined ? {} : { threads: options.threads })
+  try {
+    using captured = await captureActivations(model, { ...options, directory: options.model })
+    return await learnCodebook(captured, options)
+  } finally {
+    model.dispose()
+  }
+}
+
+/** Token ids as they are, or of a text by the tokenizer of a model directory. */
+export async function tokenIds(text: string | ArrayLike<number>, directory: string | undefined): Promise<ArrayLike<number>> {
+  if (typeof text !== 'string') return text
+  if (directory === undefined) throw typeError('Expected token ids for `text`, or the `directory` of a tokenizer, but received a text alone')
+  return (await loadTokenizer(directory)).encode(text)
+}
+
+function bothSides(given: LearnOptions['codec']): { key: Codec; value: Codec } {
+  if (typeof given === 'object' && 'key' in given) return { key: parseCodec(given.key), value: parseCodec(given.value) }
+  const both = parseCodec(given)
+  return { key: both, value: both }
+}
+
+function hash(tokens: ArrayLike<number>): string {
+  return createHash('sha256').update(Uint32Array.from(tokens)).digest('hex')
+}

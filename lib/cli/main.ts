@@ -1,0 +1,41 @@
+import { Command, CommanderError } from 'commander'
+import { capabilities } from '../capabilities'
+import { calibrateCommand } from './calibrate'
+import { doctorCommand } from './doctor'
+import { evaluateCommand } from './evaluate'
+import { generateCommand } from './generate'
+
+/**
+ * Runs the `couplet` command.
+ *
+ * @param argv - arguments after the program's name
+ * @returns exit code: 0 done, 1 failed or cancelled, 2 usage
+ */
+export async function main(argv: readonly string[]): Promise<number> {
+  const cancel = new AbortController()
+  const onInterrupt = () => { cancel.abort() }
+  process.once('SIGINT', onInterrupt)
+  const program = new Command('couplet')
+    .description('KV caches of language models at 4 down to 1 bit per channel')
+    .version(capabilities().version)
+    .showHelpAfterError('(couplet --help shows what there is)')
+  for (const command of [calibrateCommand(cancel.signal), evaluateCommand(cancel.signal), generateCommand(cancel.signal), doctorCommand()]) {
+    program.addCommand(command.copyInheritedSettings(program))
+  }
+  for (const command of [program, ...program.commands]) command.exitOverride()
+  try {
+    await program.parseAsync(argv, { from: 'user' })
+    return 0
+  } catch (error) {
+    if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2
+    if (cancel.signal.aborted) {
+      console.error('couplet: cancelled')
+      return 1
+    }
+    const { message, code } = error as Error & { code?: string }
+    console.error(`couplet: ${message}${code === undefined ? '' : ` (${code})`}`)
+    return 1
+  } finally {
+    process.removeListener('SIGINT', onInterrupt)
+  }
+}

@@ -1,0 +1,34 @@
+import { InvalidArgumentError, Option } from 'commander'
+import { codec } from '../codec'
+
+/** Readers of option values; a bad value is a usage error (exit code 2) that says what was expected. */
+export function integer(least: number, most = 2 ** 31 - 1): (text: string) => number {
+  return (text) => {
+    const value = Number(text)
+    if (text.trim() === '' || !Number.isInteger(value) || value < least || value > most) {
+      throw new InvalidArgumentError(`Expected an integer from ${least} to ${most}.`)
+    }
+    return value
+  }
+}
+
+export function positiveNumber(text: string): number {
+  const value = Number(text)
+  if (text.trim() === '' || !Number.isFinite(value) || value < 0) throw new InvalidArgumentError('Expected a number of at least 0.')
+  return value
+}
+
+export function codecName(text: string): string {
+  try {
+    return codec(text).name
+  } catch (error) {
+    throw new InvalidArgumentError((error as Error).message)
+  }
+}
+
+export const modelOption = (): Option => new Option('--model <directory>', 'directory of the model: tokenizer.json, onnx/model.onnx').makeOptionMandatory()
+export const lengthOption = (): Option => new Option('--length <tokens>', 'tokens of a chunk, each a sequence of its own').default(512).argParser(integer(2))
+export const threadsOption = (): Option => new Option('--threads <count>', 'threads (default: all cores)').argParser(integer(1, 256))
+export const seedOption = (): Option => new Option('--seed <integer>', 'same seed, same result').default(0).argParser(integer(0))
+export const windowOption = (): Option => new Option('--window <tokens>', 'newest tokens kept in full precision').default(32).argParser(integer(0))
+export const sinksOption = (): Option => new Option('--sinks <tokens>', 'first tokens kept in full precision').default(4).argParser(integer(0))

@@ -1,0 +1,74 @@
+import { rangeError } from './errors'
+import type { DecoderModel } from './onnx/model'
+import type { Sequence } from './cache'
+import { loadTokenizer } from './tokenizer'
+
+export interface GenerateOptions {
+  /** Directory with the tokenizer. */
+  directory: string
+  prompt: string
+  /** New tokens at most. Default 256. */
+  tokens?: number
+  /** 0 (the default) takes the likeliest token; otherwise softmax(logits / temperature) is sampled. */
+  temperature?: number
+  seed?: number
+  /** Token ids that end the text. */
+  stop?: readonly number[]
+  /** Sequence to write on; by default a fresh one that is dropped at the end. */
+  sequence?: Sequence
+  signal?: AbortSignal
+}
+
+/** Writes on from a prompt; yields the text as it comes, in whole characters. */
+export async function* generate(model: DecoderModel, options: GenerateOptions): AsyncGenerator<string, void, void> {
+  const { tokens: most = 256, temperature = 0, seed = 0, stop = [], signal } = options
+  const tokenizer = await loadTokenizer(options.directory)
+  const prompt = tokenizer.encode(options.prompt)
+  if (prompt.length === 0) throw rangeError('Expected a text of at least one token for `prompt` but received an empty one')
+  const random = mulberry32(seed)
+  const sequence = options.sequence ?? model.sequence()
+  const written: number[] = []
+  let shown = ''
+  try {
+    let next: ArrayLike<number> = prompt
+    while (written.length < most) {
+      const { logits } = await model.run([{ sequence, tokens: next }], { logits: 'last', ...(signal && { signal }) })
+      const token = pick(logits, temperature, random)
+      if (stop.includes(token)) break
+      written.push(token)
+      next = [token]
+      const text = tokenizer.decode(written)
+      // A trailing replacement character is the beginning of a character whose other bytes are still to come.
+      if (text.length > shown.length && !text.endsWith('\uFFFD')) {
+        yield text.slice(shown.length)
+        shown = text
+      }
+    }
+    const rest = tokenizer.decode(written)
+    if (rest.length > shown.length) yield rest.slice(shown.length)
+  } finally {
+    if (!options.sequence) sequence.dispose()
+  }
+}
+
+function pick(logits: Float32Array, temperature: number, random: () => number): number {
+  let best = 0
+  for (let i = 1; i < logits.length; i++) if ((logits[i] as number) > (logits[best] as number)) best = i
+  if (temperature === 0) return best
+  const highest = logits[best] as number
+  const shares = Float64Array.from(logits, (logit) => Math.exp((logit - highest) / temperature))
+  let left = random() * shares.reduce((a, b) => a + b, 0)
+  for (let i = 0; i < shares.length; i++) if ((left -= shares[i] as number) < 0) return i
+  return best
+}
+
+/** Small seeded generator (Tommy Ettinger's mulberry32), uniform in [0, 1). */
+function mulberry32(seed: number): () => number {
+  let state = seed >>> 0
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0
+    let mixed = Math.imul(state ^ (state >>> 15), state | 1)
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61)
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 4294967296
+  }
+}

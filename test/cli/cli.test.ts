@@ -1,0 +1,100 @@
+import assert from 'node:assert/strict'
+import { spawnSync } from 'node:child_process'
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import path from 'node:path'
+
+const root = path.join(__dirname, '..', '..')
+const model = path.join(root, 'models', 'tiny-llama-bytes')
+
+function couplet(...args: string[]): { code: number | null; out: string; err: string } {
+  const done = spawnSync(process.execPath, ['--import', 'tsx', path.join(root, 'lib', 'cli', 'couplet.ts'), ...args], { encoding: 'utf8', cwd: root })
+  return { code: done.status, out: done.stdout, err: done.stderr }
+}
+
+describe('the couplet command', function () {
+  this.timeout(120_000)
+  let folder = ''
+  const file = (name: string) => path.join(folder, name)
+  before(() => {
+    folder = mkdtempSync(path.join(tmpdir(), 'couplet-cli-'))
+    const text = readFileSync(path.join(root, 'README.md'), 'utf8') + readFileSync(path.join(root, 'CHANGELOG.md'), 'utf8')
+    writeFileSync(file('learn.txt'), text.slice(0, 4096))
+    writeFileSync(file('predict.txt'), text.slice(4096, 5200))
+  })
+  after(() => { rmSync(folder, { recursive: true, force: true }) })
+
+  it('calibrates, evaluates and generates', () => {
+    const book = file('book.safetensors')
+    const made = couplet('calibrate', '--model', model, '--text', file('learn.txt'), '--codec', 'cq-8c6b', '--out', book)
+    assert.equal(made.code, 0, made.err)
+    assert.match(made.out, /cq-8c6b, 4 layers, 2 kv heads, headDim 64/)
+
+    const full = couplet('eval', '--model', model, '--text', file('predict.txt'), '--length', '256', '--json')
+    const coded = couplet('eval', '--model', model, '--text', file('predict.txt'), '--length', '256', '--json',
+      '--codebooks', book, '--window', '0', '--sinks', '0')
+    assert.equal(coded.code, 0, coded.err)
+    const [exact, packed] = [full, coded].map((run) => JSON.parse(run.out) as Record<string, number>)
+    assert.ok(exact && packed)
+    assert.equal(packed['tokens'], exact['tokens'])
+    assert.equal(exact['bitsPerChannel'], 32)
+    assert.equal(packed['bitsPerChannel'], 0.75)
+    assert.ok((packed['perplexity'] ?? 0) > (exact['perplexity'] ?? 0))
+    assert.ok(Math.abs((packed['bitsPerToken'] ?? 0) - Math.log2(packed['perplexity'] ?? 0)) < 1e-9)
+
+    const written = couplet('generate', '--model', model, '--prompt', 'The file ', '--codebooks', book, '--tokens', '12')
+    assert.equal(written.code, 0, written.err)
+    assert.ok(written.out.startsWith('The file '))
+    assert.ok(written.out.length > 'The file \n'.length)
+  })
+
+  it('gives the same codebook for the same seed', () => {
+    for (const [name, threads] of [['a', '1'], ['b', '2']] as const) {
+      const { code, err } = couplet('calibrate', '--model', model, '--text', file('learn.txt'), '--codec', 'cq-8c4b',
+        '--seed', '7', '--threads', threads, '--out', file(name))
+      assert.equal(code, 0, err)
+    }
+    assert.deepEqual(readFileSync(file('a')), readFileSync(file('b')))
+  })
+
+  it('says what is loaded', () => {
+    const { code, out } = couplet('doctor')
+    assert.equal(code, 0)
+    assert.match(out, /^cpu +available, (avx512|avx2|portable)$/m)
+    assert.match(out, /^cuda +not available: .+$/m)
+    assert.match(out, /^onnxruntime +1\.\d+\.\d+ /m)
+  })
+
+  for (const [title, args] of [
+    ['no such command', ['fly']],
+    ['a missing option', ['calibrate', '--model', model]],
+    ['an unknown option', ['doctor', '--loud']],
+    ['a codec that is none', ['calibrate', '--model', model, '--text', 'x', '--out', 'y', '--codec', 'cq-8']],
+    ['a number that is none', ['eval', '--model', model, '--text', 'x', '--length', 'long']],
+  ] as const) {
+    it(`exits with 2 on ${title}`, () => {
+      const { code, err } = couplet(...args)
+      assert.equal(code, 2)
+      assert.match(err, /error: /)
+    })
+  }
+
+  for (const [title, args, message] of [
+    ['a missing text', ['eval', '--model', model, '--text', 'nowhere.txt'], /nowhere\.txt/],
+    ['a missing model', ['eval', '--model', 'nowhere', '--text', path.join(root, 'README.md')], /nowhere/],
+    ['a codebook that is none', ['eval', '--model', model, '--text', __filename, '--codebooks', __filename], /ERR_COUPLET_CODEBOOK_INVALID/],
+  ] as const) {
+    it(`exits with 1 on ${title}`, () => {
+      const { code, err } = couplet(...args)
+      assert.equal(code, 1)
+      assert.match(err, message)
+      assert.doesNotMatch(err, /\n\s+at /)
+    })
+  }
+
+  it('exits with 0 after help', () => {
+    const { code, out } = couplet('--help')
+    assert.equal(code, 0)
+    for (const command of ['calibrate', 'eval', 'generate', 'doctor']) assert.match(out, new RegExp(`^ +${command} `, 'm'))
+  })
+})

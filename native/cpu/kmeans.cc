@@ -37,7 +37,9 @@ constexpr size_t most_bytes_side_by_side = size_t{1} << 30;
 constexpr int64_t least_shared_work = int64_t{1} << 23;
 
 // Problems run side by side, one thread each; those that are left over, or too large for that, run one after another
-// with all threads on each.
+// with all threads on each. The workspace is that of the problems at work at the same time: at most 1 GiB side by side, or
+// one problem. A problem takes points * (8 channels + 24) bytes, its centroids take centroids * (20 channels + 16), and sums
+// by block another 8 centroids * (channels + 1): once on one thread, else per block, which is at most points * 2 (channels + 1).
 struct Plan {
   KmeansShape shape;
   int threads;

@@ -149,14 +149,15 @@ class RunWorker : public Worker {
       Options const feed(list.Get(i), "feeds");
       View<int64_t> const view = feed.array<int64_t>("data");
       Napi::Array const dims = feed.list("dims");
+      auto const type = static_cast<ElementType>(feed.integer("type", 1));
       Feed& added = feeds_.emplace_back(
-          Feed{feed.string("name"), ElementType::int64, {}, pin(view), view.length * sizeof(int64_t)});
+          Feed{feed.string("name"), type, {}, pin(view), view.length * sizeof(int64_t)});
       size_t elements = 1;
       for (uint32_t axis = 0; axis < dims.Length(); ++axis) {
         added.dims.push_back(read_integer(dims.Get(axis), "dims", 0, std::numeric_limits<int32_t>::max()));
         elements = product({static_cast<int64_t>(elements), added.dims.back()});
       }
-      if (elements != view.length)
+      if (elements != view.length || (elements != 0 && type != ElementType::int64))
         throw_expected(env(), "a BigInt64Array of " + std::to_string(elements) + " elements", "data", view.array);
     }
   }

@@ -1,6 +1,5 @@
-import { describe, throwExpected } from './errors'
-import { rangeError } from './errors'
 import { requireInteger } from './arguments'
+import { describe, rangeError, throwExpected } from './errors'
 
 /** How channels become codes: `groupChannels` neighbouring channels of a head share one code of `codeBits` bits. */
 export interface Codec {

@@ -2,21 +2,26 @@
  * float16 (IEEE 754 binary16) for a runtime without Float16Array: the bits of the numbers, in Uint16Arrays.
  * Both directions are exact; float32 to float16 rounds to nearest, ties to even, and overflows to infinity from 65520 on.
  */
+import { requireArray, resultArray } from './arguments'
 
 const scratch = new DataView(new ArrayBuffer(4))
 
 /** Element i of the result is the float16 nearest to values[i]. A NaN stays a quiet NaN with the high bits of its payload. */
-export function float16FromFloat32(values: Float32Array, out: Uint16Array = new Uint16Array(values.length)): Uint16Array {
+export function float16FromFloat32(values: Float32Array, out?: Uint16Array): Uint16Array {
+  requireArray(values, 'values', Float32Array, 0)
+  const halves = resultArray(out, Uint16Array, values.length)
   const bits = new Uint32Array(values.buffer, values.byteOffset, values.length)
-  for (let index = 0; index < bits.length; index++) out[index] = narrow(bits[index] ?? 0)
-  return out
+  for (let index = 0; index < bits.length; index++) halves[index] = narrow(bits[index] ?? 0)
+  return halves
 }
 
 /** Element i of the result is the number whose float16 bits are bits[i]. */
-export function float32FromFloat16(bits: Uint16Array, out: Float32Array = new Float32Array(bits.length)): Float32Array {
-  const outBits = new Uint32Array(out.buffer, out.byteOffset, out.length)
+export function float32FromFloat16(bits: Uint16Array, out?: Float32Array): Float32Array {
+  requireArray(bits, 'bits', Uint16Array, 0)
+  const values = resultArray(out, Float32Array, bits.length)
+  const outBits = new Uint32Array(values.buffer, values.byteOffset, values.length)
   for (let index = 0; index < bits.length; index++) outBits[index] = widen(bits[index] ?? 0)
-  return out
+  return values
 }
 
 /** Bits of a float32 to bits of the nearest float16. */

@@ -6,9 +6,11 @@ export interface NativeSession { readonly [tag]: 'session' }
 /** A sample of keys and values that runs add to. */
 export interface NativeCapture { readonly [tag]: 'capture' }
 
-/** An input of the graph: int64, `data` has as many elements as `dims` say. */
+/** An input of the graph; `data` has as many elements as `dims` say. */
 export interface NativeFeed {
   name: string
+  /** TensorProto.DataType: int64, or whatever the graph asks for where there are no elements. */
+  type: number
   dims: number[]
   data: BigInt64Array
 }

@@ -14,8 +14,9 @@ const pieceBytes = 1 << 20
  */
 export async function fingerprintFiles(paths: readonly string[]): Promise<string> {
   const states = await Promise.all(paths.map(async (path) => {
-    const { size, mtimeMs, ino } = await stat(path)
-    return [path, size, mtimeMs, ino]
+    const state = await stat(path)
+    if (!state.isFile()) throw new Error(`${path} is not a file`)
+    return [path, state.size, state.mtimeMs, state.ino]
   }))
   const key = JSON.stringify(states)
   let fingerprint = known.get(key)

@@ -5,7 +5,7 @@ import { decodeTensor } from './proto'
 /** Producers and readers of the values of a model's main graph, as they are when the index is built. */
 export class GraphIndex {
   readonly #producers = new Map<string, NodeProto>()
-  readonly #readers = new Map<string, number>()
+  readonly #readers = new Map<string, NodeProto[]>()
   readonly #inputs: Set<string>
   readonly #outputs: Set<string>
 
@@ -15,7 +15,7 @@ export class GraphIndex {
     this.#outputs = new Set(graph.output.map(({ name }) => name))
     for (const node of graph.node) {
       for (const value of node.output) this.#producers.set(value, node)
-      for (const value of valuesRead(node)) this.#readers.set(value, (this.#readers.get(value) ?? 0) + 1)
+      for (const value of valuesRead(node)) this.#readers.set(value, [...this.readers(value), node])
     }
   }
 
@@ -23,18 +23,19 @@ export class GraphIndex {
     return this.#producers.get(value)
   }
 
-  /** How many times nodes and graph outputs read `value`. */
-  readers(value: string): number {
-    return (this.#readers.get(value) ?? 0) + (this.#outputs.has(value) ? 1 : 0)
+  /** The nodes that read `value`, one of them for each time. */
+  readers(value: string): readonly NodeProto[] {
+    return this.#readers.get(value) ?? []
+  }
+
+  /** Whether more than one node or graph output reads `value`. */
+  isShared(value: string): boolean {
+    return this.readers(value).length + (this.#outputs.has(value) ? 1 : 0) > 1
   }
 
   /** Whether the caller of the graph has to give `value`. */
   isInput(value: string): boolean {
     return this.#inputs.has(value)
-  }
-
-  isOutput(value: string): boolean {
-    return this.#outputs.has(value)
   }
 
   /** The tensor that `value` always is: an initializer or a Constant node's, through Identity nodes. */

@@ -50,7 +50,7 @@ function findProjection(index: GraphIndex): NodeProto[] | undefined {
   const chain: NodeProto[] = []
   for (let value = 'logits'; ;) {
     const node = index.producer(value)
-    if (!node || index.readers(value) > 1) return undefined
+    if (!node || index.isShared(value)) return undefined
     chain.push(node)
     if (projections.has(node.opType)) return weightRank(node, index) === 2 ? chain : undefined
     const constants = node.input.slice(1).map((operand) => index.constant(operand)?.dims.length ?? Infinity)

@@ -11,15 +11,16 @@ import { addon } from '../native/addon'
 import { abortable } from '../native/call'
 import type { NativeOutput, NativeSession } from '../native/onnxruntime'
 import { Capture } from './capture'
-import type { BatchRow } from './feeds'
+import type { BatchRow, GraphInputs } from './feeds'
 import { feedsOf, knownInputs } from './feeds'
 import { fingerprintFiles } from './fingerprint'
 import { openOnnxruntime } from './library'
 import { cutLogits, firstLogitInput } from './logits'
 import type { Model } from './proto'
 import { decodeModel, decodeTensor, encodeModel } from './proto'
-import type { AttentionLayer } from './rewrite'
+import type { AttentionLayer, MeasuredPast } from './rewrite'
 import { rewriteAttention, runInput } from './rewrite'
+import { externalLocation } from './tensors'
 
 export interface DecoderModelOptions {
   /** Codes keys and values; without it the cache keeps them in full precision. */
@@ -78,7 +79,7 @@ export interface ModelRunResult {
 }
 
 type ModelParts = Pick<DecoderModel, 'shape' | 'fingerprint' | 'cache' | 'inputNames' | 'vocabulary'> & {
-  feedNames: readonly string[]
+  inputs: GraphInputs
   outputNames: readonly string[]
 }
 
@@ -91,17 +92,17 @@ export class DecoderModel {
   /** "sha256:..." over the graph and all its weights. */
   readonly fingerprint: string
   readonly cache: Cache
-  /** Inputs that the rewritten graph still has; `run` makes all of them. */
+  /** Inputs for tokens that the rewritten graph has; `run` makes all of them. */
   readonly inputNames: readonly string[]
   /** Tokens the model knows, as far as the graph says. */
   readonly vocabulary: number | undefined
-  readonly #feedNames: readonly string[]
+  readonly #inputs: GraphInputs
   readonly #outputNames: readonly string[]
   #session: NativeSession | undefined
 
   private constructor(session: NativeSession, parts: ModelParts) {
     this.#session = session
-    this.#feedNames = parts.feedNames
+    this.#inputs = parts.inputs
     this.#outputNames = parts.outputNames
     this.shape = parts.shape
     this.fingerprint = parts.fingerprint
@@ -126,9 +127,10 @@ export class DecoderModel {
     const folder = dirname(file)
     const graph = await readGraph(file)
     const files = [file, ...externalFiles(graph).map((name) => join(folder, name))]
-    const layers = await rewriteAttention(graph, folder)
-    const ports = describeGraph(graph)
-    const feedNames = cutLogits(graph) ? [...ports.inputNames, firstLogitInput] : ports.inputNames
+    const { layers, measuredPasts } = await rewriteAttention(graph, folder)
+    const shape = shapeOf(layers)
+    const ports = describeGraph(graph, measuredPasts)
+    const names = cutLogits(graph) ? [...ports.inputNames, firstLogitInput] : ports.inputNames
 
     const [session, fingerprint] = await Promise.all([
       addon().createSession({ library, model: encodeModel(graph), folder, threads: threads === 0 ? availableParallelism() : threads }),
@@ -137,10 +139,9 @@ export class DecoderModel {
       }),
     ])
     try {
-      const shape = shapeOf(layers)
       codebook?.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
       const cache = createCache(shape, layers, options)
-      return new DecoderModel(session, { shape, fingerprint, cache, feedNames, ...ports })
+      return new DecoderModel(session, { shape, fingerprint, cache, inputs: { names, measuredPasts, kvHeads: shape.kvHeads }, ...ports })
     } catch (error) {
       addon().disposeSession(session)
       throw error
@@ -169,9 +170,9 @@ export class DecoderModel {
     if (rows.length === 0) return { logits: new Float32Array(0), dims: [0, 0, this.vocabulary ?? 0], outputs: {} }
     signal?.throwIfAborted()
 
-    const batch: BatchRow[] = rows.map(({ sequence, tokens }) => ({ past: sequence.length, tokens }))
     const step = this.cache.begin(rows.map(({ sequence, tokens }) => ({ sequence, tokens: tokens.length })), { prefill })
     try {
+      const batch: BatchRow[] = rows.map(({ sequence, tokens }) => ({ past: sequence.length, tokens }))
       const outputs = await abortable(signal, (cancel) => {
         const interrupt = (): void => { if (cancel) addon().interruptSession(session, cancel) }
         signal?.addEventListener('abort', interrupt, { once: true })
@@ -180,7 +181,7 @@ export class DecoderModel {
           step: step.native,
           capture: capture?.native,
           cancel,
-          feeds: feedsOf(this.#feedNames, batch, logits === 'last'),
+          feeds: feedsOf(this.#inputs, batch, logits === 'last'),
           outputs: [...this.#outputNames],
           logits: 'logits',
           lastColumn: logits === 'last',
@@ -248,15 +249,14 @@ async function readGraph(file: string): Promise<Model> {
 
 /** Files beside the model that hold weights, in a fixed order. */
 function externalFiles({ initializers }: Model): string[] {
-  const locations = Array.from(initializers.values(), (bytes) => decodeTensor(bytes))
-    .filter(({ dataLocation }) => dataLocation === 1)
-    .map(({ externalData }) => externalData.find(({ key }) => key === 'location')?.value ?? '')
-  return [...new Set(locations)].sort()
+  const tensors = Array.from(initializers.values(), (bytes) => decodeTensor(bytes))
+  return [...new Set(tensors.filter(({ dataLocation }) => dataLocation === 1).map(externalLocation))].sort()
 }
 
 /** Inputs and outputs of a rewritten graph, if they are a decoder's. */
-function describeGraph({ graph }: Model): { inputNames: string[]; outputNames: string[]; vocabulary: number | undefined } {
-  const inputNames = graph.input.map(({ name }) => name).filter((name) => name !== runInput)
+function describeGraph({ graph }: Model, pasts: readonly MeasuredPast[]): { inputNames: string[]; outputNames: string[]; vocabulary: number | undefined } {
+  const fed = new Set([runInput, ...pasts.map(({ name }) => name)])
+  const inputNames = graph.input.map(({ name }) => name).filter((name) => !fed.has(name))
   const unknown = inputNames.find((name) => !knownInputs.includes(name))
   if (unknown !== undefined || !inputNames.includes('input_ids')) {
     const problem = unknown === undefined ? 'the graph has no input "input_ids"' : `the graph has the input "${unknown}"`

@@ -7,8 +7,8 @@ import { create } from '@bufbuild/protobuf'
 
 import { CoupletError } from '../errors'
 import { attribute, GraphIndex, removeUnused, subgraphs } from './graph'
-import type { Model, NodeProto, TensorProto } from './proto'
-import { AttributeType, createNode, DataType, oneInteger, OperatorSetSchema } from './proto'
+import type { Model, NodeProto, TensorProto, ValueInfoProto } from './proto'
+import { AttributeType, createNode, DataType, DimensionSchema, oneInteger, OperatorSetSchema } from './proto'
 import type { RotaryTables } from './rotary'
 import { plainTheta } from './rotary'
 import { readFloats } from './tensors'
@@ -32,6 +32,19 @@ export interface AttentionLayer {
   /** float32 [queryHeads]: one more logit in each head's softmax. */
   readonly headSinks: Float32Array | undefined
   readonly rotary: RotaryTables | null
+}
+
+/** An input for past keys or values of which the graph still wants to know the length, by a Shape node. */
+export interface MeasuredPast {
+  readonly name: string
+  /** TensorProto.DataType; its shape is [rows][kvHeads][past tokens][0] now. */
+  readonly elementType: number
+}
+
+export interface RewrittenAttention {
+  /** The replaced layers, in the order of their numbers (attribute `layer` of the operator). */
+  readonly layers: readonly AttentionLayer[]
+  readonly measuredPasts: readonly MeasuredPast[]
 }
 
 /** Input slots of GroupQueryAttention. */
@@ -71,10 +84,9 @@ const advice = 'use CoupledCache of couplet/transformers, which works beside any
 /**
  * Rewrites `model` in place.
  * @param folder where its external data lies, if it has a folder.
- * @returns the replaced layers, in the order of their numbers (`attribute layer` of the operator).
  * @throws CoupletError ERR_COUPLET_UNSUPPORTED_MODEL when any part of the model's attention cannot be replaced; `model` is then half rewritten.
  */
-export async function rewriteAttention(model: Model, folder: string | undefined): Promise<AttentionLayer[]> {
+export async function rewriteAttention(model: Model, folder: string | undefined): Promise<RewrittenAttention> {
   const index = new GraphIndex(model)
   const nodes = findAttention(model)
   const tables = new Map<string, Promise<RotaryTables>>()
@@ -83,19 +95,31 @@ export async function rewriteAttention(model: Model, folder: string | undefined)
   checkUniform(sites.map(({ layer }) => layer))
 
   const { graph, head } = model
-  const removed = new Set(sites.flatMap(({ node }) => [node.input[slot.pastKey]!, node.input[slot.pastValue]!, ...node.output.slice(1)]))
+  const pasts = new Set(sites.flatMap(({ node }) => [node.input[slot.pastKey]!, node.input[slot.pastValue]!]))
+  const presents = new Set(sites.flatMap(({ node }) => node.output.slice(1)))
   const replacements = new Map(sites.map((site, number) => [site.node, replace(site, number)]))
   graph.node = graph.node.flatMap((node) => replacements.get(node) ?? [node])
-  graph.input = graph.input.filter(({ name }) => !removed.has(name))
-  graph.output = graph.output.filter(({ name }) => !removed.has(name))
+  graph.output = graph.output.filter(({ name }) => !presents.has(name))
   removeUnused(model)
 
-  const left = [...graph.input, ...graph.output].find(({ name }) => /^(past|present)([._]|$)/.test(name))
+  const measured = graph.input.filter(({ name }) => pasts.has(name))
+  const left = [...graph.input, ...graph.output].find((value) => /^(past|present)([._]|$)/.test(value.name) && !measured.includes(value))
   if (left) refuse(`"${left.name}" belongs to a state that is not a GroupQueryAttention's`)
   graph.input.push(oneInteger(runInput))
   head.opsetImport.push(create(OperatorSetSchema, { domain: 'couplet', version: 1n }))
-  return sites.map(({ layer }) => layer)
+  return { layers: sites.map(({ layer }) => layer), measuredPasts: measured.map(emptyHeads) }
 }
+
+/** Declares that heads of a past have no channels, so that a tensor without elements can tell its length. */
+function emptyHeads({ name, type }: ValueInfoProto): MeasuredPast {
+  const tensor = type?.tensorType
+  const dims = tensor?.shape?.dim
+  if (dims?.length !== 4) return refuse(`the graph does not declare four dimensions for "${name}"`)
+  dims[3] = create(DimensionSchema, { dimValue: 0n })
+  return { name, elementType: tensor!.elemType }
+}
+
+const isShape = (node: NodeProto) => node.opType === 'Shape' && node.domain === ''
 
 /** A node to be replaced, and what it takes to do so. */
 interface Site {
@@ -175,10 +199,10 @@ function checkNode(node: NodeProto, index: GraphIndex): void {
   for (const past of [slot.pastKey, slot.pastValue]) {
     const value = node.input[past] ?? ''
     if (!index.isInput(value)) refuseNode(node, `its past (${value === '' ? 'none' : `"${value}"`}) is not an input of the graph`)
-    if (index.readers(value) > 1) refuseNode(node, `another node reads its past "${value}"`)
+    if (index.readers(value).some((reader) => reader !== node && !isShape(reader))) refuseNode(node, `another node reads its past "${value}"`)
   }
   for (const present of node.output.slice(1, 3)) {
-    if (index.readers(present) > (index.isOutput(present) ? 1 : 0)) refuseNode(node, `another node reads its cache "${present}"`)
+    if (index.readers(present).length > 0) refuseNode(node, `another node reads its cache "${present}"`)
   }
   if (node.output[3]) refuseNode(node, 'it outputs the products of queries and keys')
   if (Boolean(node.input[slot.key]) !== Boolean(node.input[slot.value])) refuseNode(node, 'it has only one of key and value')
@@ -254,7 +278,7 @@ function findRotation(attention: NodeProto, attentionInput: number, index: Graph
     const producer = index.producer(value)
     if (producer?.opType === 'RotaryEmbedding') return { rotation: producer, reader, input, tables: rotationTables(producer) }
     if (!producer || !layoutOperators.has(producer.opType) || producer.domain !== '') return undefined
-    if (index.readers(value) > 1 && leadsToRotation(producer, index)) refuseNode(attention, `another node reads "${value}", which is rotated`)
+    if (index.isShared(value) && leadsToRotation(producer, index)) refuseNode(attention, `another node reads "${value}", which is rotated`)
     ;[reader, input] = [producer, 0]
   }
 }

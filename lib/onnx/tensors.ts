@@ -33,12 +33,20 @@ export async function readFloats(tensor: TensorProto, folder: string | undefined
   return tensor.dataType === DataType.float16 ? float32FromFloat16(halves) : new Float32Array(Uint32Array.from(halves, (half) => half << 16).buffer)
 }
 
+/**
+ * The file that holds a tensor's external data, as a path from the folder of the model.
+ * @throws CoupletError ERR_COUPLET_UNSUPPORTED_MODEL for a path that leaves the folder.
+ */
+export function externalLocation({ name, externalData }: TensorProto): string {
+  const location = normalize(externalData.find(({ key }) => key === 'location')?.value ?? '')
+  if (location !== '.' && !isAbsolute(location) && !location.startsWith('..')) return location
+  throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `The external data "${location}" of tensor "${name}" is not in the folder of the model`)
+}
+
 async function readExternal(tensor: TensorProto, folder: string | undefined, length: number, fail: (reason: string) => never): Promise<Uint8Array> {
   const place = new Map(tensor.externalData.map(({ key, value }) => [key, value]))
-  const location = normalize(place.get('location') ?? '')
-  if (folder === undefined || location === '' || isAbsolute(location) || location.startsWith('..')) {
-    return fail(`its external data "${location}" is not in the folder of the model`)
-  }
+  const location = externalLocation(tensor)
+  if (folder === undefined) return fail(`its external data "${location}" is not there`)
   const bytes = new Uint8Array(length)
   try {
     await using file = await open(join(folder, location))

@@ -138,7 +138,8 @@ class RunWorker : public Worker {
   // Begun here and ended by the destructor: on the JS thread, like all that a capture tells about itself.
   void begin_capture(const CaptureHandle& handle) {
     Napi::Array const memory = handle.memory.Value();
-    for (uint32_t i = 0; i < memory.Length(); ++i) pin(read_array<float>(memory.Get(i), "capture", 1));  // or it was transferred
+    for (uint32_t i = 0; i < memory.Length(); ++i)
+      pin(read_array<float>(memory.Get(i), "capture", 1));  // or it was transferred
     couplet_report report{};
     throw_unless_ok(env(), handle.capture->begin(*step_->step, &report), report);
     capture_ = handle.capture;
@@ -149,14 +150,14 @@ class RunWorker : public Worker {
       Options const feed(list.Get(i), "feeds");
       View<int64_t> const view = feed.array<int64_t>("data");
       Napi::Array const dims = feed.list("dims");
-      Feed& added = feeds_.emplace_back(
-          Feed{feed.string("name"), ElementType::int64, {}, pin(view), view.length * sizeof(int64_t)});
+      auto const type = static_cast<ElementType>(feed.integer("type", 1));
+      Feed& added = feeds_.emplace_back(Feed{feed.string("name"), type, {}, pin(view), view.length * sizeof(int64_t)});
       size_t elements = 1;
       for (uint32_t axis = 0; axis < dims.Length(); ++axis) {
         added.dims.push_back(read_integer(dims.Get(axis), "dims", 0, std::numeric_limits<int32_t>::max()));
         elements = product({static_cast<int64_t>(elements), added.dims.back()});
       }
-      if (elements != view.length)
+      if (elements != view.length || (elements != 0 && type != ElementType::int64))
         throw_expected(env(), "a BigInt64Array of " + std::to_string(elements) + " elements", "data", view.array);
     }
   }

@@ -111,9 +111,10 @@ struct Api {
   Status* (*add_session_config)(SessionOptions* options, const char* key, const char* value);  // 130
 };
 
-#define COUPLET_AT(function, position)                                                                         \
-  static_assert(offsetof(Api, function) == (position) * sizeof(Api::Function), #function " stands at another " \
-                                                                                         "position")
+#define COUPLET_AT(function, position)                                                   \
+  static_assert(offsetof(Api, function) == (position) * sizeof(Api::Function), #function \
+                " stands at another "                                                    \
+                "position")
 COUPLET_AT(create_env, 3);
 COUPLET_AT(create_session_from_array, 8);
 COUPLET_AT(create_session_options, 10);

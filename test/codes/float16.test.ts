@@ -68,4 +68,12 @@ describe('float16', () => {
     assert.equal(float32FromFloat16(out, wide), wide)
     assert.deepEqual([...wide], [1, -2, 0.5])
   })
+
+  it('refuses other arrays, and an out that is too short', () => {
+    const invalid = { code: 'ERR_COUPLET_INVALID_ARGUMENT' }
+    assert.throws(() => float16FromFloat32([1] as never), { ...invalid, name: 'TypeError', message: /`values`/ })
+    assert.throws(() => float32FromFloat16(new Float32Array(1) as never), { ...invalid, name: 'TypeError', message: /`bits`/ })
+    assert.throws(() => float16FromFloat32(new Float32Array(2), new Uint16Array(1)), { ...invalid, name: 'RangeError', message: /`out`/ })
+    assert.throws(() => float32FromFloat16(new Uint16Array(2), new Float32Array(1)), { ...invalid, name: 'RangeError', message: /`out`/ })
+  })
 })

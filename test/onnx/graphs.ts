@@ -33,6 +33,8 @@ export interface DecoderShape {
   totalInput?: boolean
   /** Adds a learned embedding of positions, and of the length of the text that the mask tells. */
   learnedPositions?: boolean
+  /** Adds a learned embedding of positions that are counted from the shape of a past key, as older exports do. */
+  measuredPast?: boolean
   /** An input num_logits_to_keep: logits of that many last columns, 0 for all. */
   keepInput?: boolean
   /** Ends with a softcap of the logits. */
@@ -118,6 +120,16 @@ export function decoder(shape: DecoderShape = {}): Model {
     const place = add('Gather', [weights('positions', positions, hidden, 1), 'position_ids'], 'placed', { axis: 0 })
     const length = add('Gather', ['positions', add('Unsqueeze', ['seqlens_int64', 'one'], 'lengths')], 'measured', { axis: 0 })
     stream = add('Add', [add('Add', [stream, place], 'stream.placed'), length], 'stream.measured')
+  }
+  if (shape.measuredPast) {
+    const sizeOf = (value: string, axis: number) =>
+      add('Gather', [add('Shape', [value], `${value}.shape`), integers(`${value}.axis`, [], [axis])], `${value}.size`)
+    const past = sizeOf('past_key_values.0.key', 2)
+    add('Add', [past, sizeOf('input_ids', 1)], 'positions.end')
+    add('Range', [past, 'positions.end', integers('positions.step', [], [1])], 'positions.range')
+    add('Unsqueeze', ['positions.range', integers('positions.axes', [1], [0])], 'positions.row')
+    const place = add('Gather', [weights('positions', positions, hidden, 1), 'positions.row'], 'placed', { axis: 0 })
+    stream = add('Add', [stream, place], 'stream.placed')
   }
   for (let layer = 0; layer < layers; layer++) {
     const project = (name: string, width: number) => add('MatMul', [stream, weights(`layers.${layer}.${name}.weight`, hidden, width)], `layers.${layer}.${name}`)

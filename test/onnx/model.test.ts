@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict'
-import { mkdirSync, writeFileSync } from 'node:fs'
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 
 import type { DecoderModelOptions } from '../../lib/onnx/model'
@@ -54,6 +54,7 @@ describe('onnx pass-through', () => {
     ['attention sinks', { headSinks: Float32Array.of(1, -2, 0.5, 3) }],
     ['smooth softmax', { smoothSoftmax: true }],
     ['the length of the text as an input', { totalInput: true }],
+    ['positions counted from the past', { measuredPast: true }],
   ]
   for (const [what, shape] of shapes) {
     it(`equals onnxruntime with ${what}`, async () => {
@@ -72,6 +73,18 @@ describe('onnx pass-through', () => {
     const graph = decoder({ seed: 3 })
     const path = externalize(graph, join(folder.path, 'external'))
     await compare(path, await PlainDecoder.create(decoder({ seed: 3 })), [ids(9), ids(1)])
+
+    const fingerprint = async () => {
+      using model = await DecoderModel.load(path)
+      return model.fingerprint
+    }
+    const before = await fingerprint()
+    assert.equal(await fingerprint(), before)
+    const weights = join(path, 'weights.bin')
+    const bytes = readFileSync(weights)
+    bytes[bytes.length - 1]! ^= 1
+    writeFileSync(weights, bytes)
+    assert.notEqual(await fingerprint(), before, 'weights are part of the fingerprint')
   })
 
   it('serves a batch with padding as it serves each row alone', async () => {

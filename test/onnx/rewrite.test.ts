@@ -19,7 +19,7 @@ const nodesOf = (model: Model, type: string) => model.graph.node.filter(({ opTyp
 describe('onnx rewriting', () => {
   it('replaces the attention of a real model and removes what served it', async () => {
     const model = decodeModel(readFileSync(join(__dirname, '../../models/tiny-llama-bytes/onnx/model.onnx')))
-    const layers = await rewriteAttention(model, undefined)
+    const { layers } = await rewriteAttention(model, undefined)
     assert.deepEqual(names(model.graph.input), ['input_ids', 'couplet.run'])
     assert.deepEqual(names(model.graph.output), ['logits'])
     assert.equal(nodesOf(model, 'GroupQueryAttention').length, 0)
@@ -39,7 +39,7 @@ describe('onnx rewriting', () => {
   for (const rotary of ['nodes', 'nodes4d', 'onnx'] as const) {
     it(`moves rotation into the operator (${rotary})`, async () => {
       const model = decoder({ rotary, interleaved: true, theta: 500000 })
-      const layers = await rewriteAttention(model, undefined)
+      const { layers } = await rewriteAttention(model, undefined)
       assert.equal(nodesOf(model, 'RotaryEmbedding').length, 0)
       assert.deepEqual(names(model.graph.input), ['input_ids', 'couplet.run'])
       assert.deepEqual([layers[0]!.rotary!.kind, layers[0]!.rotary!.theta], ['interleaved', 500000])
@@ -63,19 +63,26 @@ describe('onnx rewriting', () => {
 
   it('reads what nodes say about their logits', async () => {
     const shape: DecoderShape = { scale: 0.25, softcap: 30, localWindow: 7, headSinks: Float32Array.of(1, 2, 3, 4) }
-    const [layer] = await rewriteAttention(decoder(shape), undefined)
+    const { layers: [layer] } = await rewriteAttention(decoder(shape), undefined)
     assert.deepEqual([layer!.scale, layer!.softcap, layer!.localWindow, layer!.headSinks], [0.25, 30, 7, shape.headSinks])
-    const [smooth] = await rewriteAttention(decoder({ smoothSoftmax: true }), undefined)
+    const { layers: [smooth] } = await rewriteAttention(decoder({ smoothSoftmax: true }), undefined)
     assert.deepEqual(smooth!.headSinks, new Float32Array(4))
   })
 
   it('knows scaled rotary tables from plain ones', async () => {
-    const theta = async (shape: DecoderShape) => (await rewriteAttention(decoder(shape), undefined))[0]!.rotary!.theta
+    const theta = async (shape: DecoderShape) => (await rewriteAttention(decoder(shape), undefined)).layers[0]!.rotary!.theta
     assert.equal(await theta({ theta: 1e6, rotaryDim: 16 }), 1e6)
     assert.equal(await theta({ theta: 12345 }), 12345)
     assert.equal(await theta({ theta: 160000, type: 'float16' }), 160000)
     assert.equal(await theta({ linearScaling: 4 }), undefined)
     assert.equal(plainTheta(new Float32Array(64).fill(1), new Float32Array(64), 16), undefined)
+  })
+
+  it('keeps a past of which the graph reads the length, without its channels', async () => {
+    const model = decoder({ measuredPast: true })
+    const { measuredPasts } = await rewriteAttention(model, undefined)
+    assert.deepEqual(measuredPasts, [{ name: 'past_key_values.0.key', elementType: DataType.float }])
+    assert.deepEqual(names(model.graph.input), ['input_ids', 'past_key_values.0.key', 'couplet.run'])
   })
 
   it('projects the wanted columns alone to the vocabulary', () => {
@@ -129,7 +136,7 @@ describe('onnx rewriting', () => {
     ['external data outside its folder', {}, (model) => {
       const externalData = [{ key: 'location', value: '../../etc/passwd' }]
       model.initializers.set('cos_cache', encodeTensor({ name: 'cos_cache', dims: [256n, 16n], dataType: 1, dataLocation: 1, externalData }))
-    }, /not in the folder/],
+    }, /not in the folder of the model/],
   ]
   for (const [what, shape, change, reason] of refusals) {
     it(`refuses ${what}`, async () => {

@@ -1,7 +1,11 @@
 import assert from 'node:assert/strict'
+import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import {
-  InterruptableStoppingCriteria, ones, StoppingCriteriaList, TextGenerationPipeline, TextStreamer, type PreTrainedTokenizer, type Tensor,
+  AutoModelForCausalLM, InterruptableStoppingCriteria, ones, StoppingCriteriaList, TextGenerationPipeline, TextStreamer, type PreTrainedTokenizer, type Tensor,
 } from '@huggingface/transformers'
+import { decodeModel, encodeModel } from '../../lib/onnx/proto'
 import { attach, type Attachment } from '../../lib/transformers'
 import {
   codebooks, floats, forward, loadModel, loadTokenizer, modelFolder, modelId, nextPast, predictions, text, tokenRows, type Inputs, type Model,
@@ -56,6 +60,30 @@ describe('attach', function () {
       // A second call of the same text runs all of it again: every logit is asked for.
       assert.deepEqual((await forward(model, inputs(text(100)))).logits.dims, expected.dims)
       assert.equal(attachment.statistics().tokensReused, 0)
+    })
+
+    it('finds the file by the name in config.json, and feeds a graph that takes positions', async () => {
+      const folder = await mkdtemp(join(tmpdir(), 'couplet-'))
+      try {
+        await cp(modelFolder, folder, { recursive: true })
+        const file = join(folder, 'onnx', 'model.onnx')
+        const graph = decodeModel(await readFile(file))
+        const [ids] = graph.graph.input
+        graph.graph.input.push({ ...ids!, name: 'position_ids' })
+        await writeFile(file, encodeModel(graph))
+        const config = JSON.parse(await readFile(join(folder, 'config.json'), 'utf8')) as object
+        await writeFile(join(folder, 'config.json'), JSON.stringify({ ...config, _name_or_path: folder }))
+        const other = await AutoModelForCausalLM.from_pretrained(folder, { dtype: 'fp32', device: 'cpu' })
+        const prompts = inputs([text(60), text(90, 200)])
+        attachment = await attach(other)
+        const rows = tokenRows(await other.generate({ ...prompts, max_new_tokens: 20, do_sample: false }))
+        attachment.detach()
+        attachment = await attach(model, { path: modelId })
+        assert.deepEqual(rows, await greedy([text(60), text(90, 200)], 20))
+        await other.dispose()
+      } finally {
+        await rm(folder, { recursive: true })
+      }
     })
 
     it('samples, with the same processors as ever', async () => {

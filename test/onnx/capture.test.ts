@@ -9,6 +9,7 @@ import { decodeTensor } from '../../lib/onnx/proto'
 import { ids, temporaryFolder } from './files'
 import { decoder } from './graphs'
 import { farthest } from './plain'
+import { rotate } from './reference'
 
 const shape = { layers: 2, queryHeads: 4, kvHeads: 2, headDim: 32, hidden: 48 }
 const rowLength = shape.layers * shape.kvHeads * shape.headDim
@@ -24,6 +25,36 @@ function project(model: Model, name: string, tokens: number[]): Float32Array {
     for (let row = 0; row < shape.hidden; row++) sum += embedding[tokens[Math.floor(i / width)]! * shape.hidden + row]! * matrix[row * width + (i % width)]!
     return sum
   })
+}
+
+/** Weights of the first layer in double precision, float64 [tokens][kvHeads]: see couplet_attention_weights_params. */
+function attentionWeights(model: Model, tokens: number[]): { key: Float64Array; value: Float64Array } {
+  const { queryHeads, kvHeads, headDim } = shape
+  const rowsOf = (name: string) => Float64Array.from(project(model, name, tokens))
+  const [queries, keys, values] = [rowsOf('query'), rowsOf('key'), rowsOf('value')]
+  const row = (rows: Float64Array, heads: number, token: number, head: number) =>
+    rows.subarray((token * heads + head) * headDim, (token * heads + head + 1) * headDim)
+  const dot = (a: Float64Array, b: Float64Array) => a.reduce((sum, x, i) => sum + x * b[i]!, 0)
+  const key = new Float64Array(tokens.length * kvHeads)
+  const value = new Float64Array(tokens.length * kvHeads)
+  for (let head = 0; head < queryHeads; head++) {
+    const kvHead = Math.floor(head / (queryHeads / kvHeads))
+    for (let i = 0; i < tokens.length; i++) {
+      const query = rotate(row(queries, queryHeads, i, head), i, 10000)
+      const read = (t: number) => row(values, kvHeads, t, kvHead)
+      const logits = Array.from({ length: i + 1 }, (_, t) => dot(query, rotate(row(keys, kvHeads, t, kvHead), t, 10000)) / Math.sqrt(headDim))
+      const most = Math.max(...logits)
+      const sum = logits.reduce((total, logit) => total + Math.exp(logit - most), 0)
+      const probability = logits.map((logit) => Math.exp(logit - most) / sum)
+      const output = new Float64Array(headDim).map((_, c) => probability.reduce((total, p, t) => total + p * read(t)[c]!, 0))
+      probability.forEach((p, t) => {
+        const distance = dot(read(t), read(t)) + dot(output, output) - 2 * dot(output, read(t))
+        value[t * kvHeads + kvHead]! += p * p
+        key[t * kvHeads + kvHead]! += p * p * distance * dot(query, query) / headDim
+      })
+    }
+  }
+  return { key, value }
 }
 
 describe('onnx capture', () => {
@@ -84,6 +115,23 @@ describe('onnx capture', () => {
     for (let quarter = 0; quarter < 4; quarter++) {
       const count = drawn.filter((place) => Math.floor(place / 50) === quarter).length
       assert.ok(Math.abs(count - 100) < 35, `quarter ${quarter} has ${count} of 400`)
+    }
+  })
+
+  it('weighs tokens by the attention that their text pays to them', async () => {
+    const capture = new Capture({ model, points: 60, weights: 'attention' })
+    const texts = [ids(21), ids(14, 5)]
+    await model.run(texts.map((tokens) => ({ sequence: model.sequence(), tokens })), { capture })
+    assert.equal(capture.keyWeights!.length, 35 * shape.layers * shape.kvHeads)
+    const heads = shape.kvHeads
+    const firstLayer = (weights: Float32Array) =>
+      Float64Array.from({ length: 35 * heads }, (_, i) => weights[Math.floor(i / heads) * shape.layers * heads + (i % heads)]!)
+    const expected = texts.map((tokens) => attentionWeights(graph, tokens))
+    for (const [side, weights] of [['key', capture.keyWeights!], ['value', capture.valueWeights!]] as const) {
+      firstLayer(weights).forEach((weight, i) => {
+        const right = expected.flatMap((text) => [...text[side]])[i]!
+        assert.ok(Math.abs(weight - right) <= 1e-4 * right, `${side} weight ${i}: ${weight}, not ${right}`)
+      })
     }
   })
 

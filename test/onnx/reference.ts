@@ -66,7 +66,8 @@ function multiply(row: Float64Array, matrix: Float64Array): Float64Array {
   return product
 }
 
-function rotate(channels: Float64Array, position: number, theta: number): Float64Array {
+/** One head's channels at a position, in half-split pairs. */
+export function rotate(channels: Float64Array, position: number, theta: number): Float64Array {
   const half = channels.length / 2
   return channels.map((x, i) => {
     const angle = position * theta ** (-(i % half) / half)

@@ -21,6 +21,13 @@ struct Shape {
 constexpr Shape shape = {2, 4, 2, 32, {.group_channels = 4, .code_bits = 3}, {.group_channels = 8, .code_bits = 5}};
 constexpr size_t side_floats = size_t{shape.kv_heads} * shape.head_dim;  // keys or values of a token in one layer
 
+// Multiples of 1/8 of small size: distances to centroids are exact in float32, so every tie is a tie in every arithmetic.
+std::vector<float> eighths(Random* random, size_t count) {
+  std::vector<float> values(count);
+  for (float& value : values) value = static_cast<float>(random->below(33) - 16) / 8;
+  return values;
+}
+
 struct Token {  // [layer][side][kv head][channel]
   std::vector<float> raw, coded;
   float* side(std::vector<float>& rows, int32_t layer, int side_index) const {
@@ -35,8 +42,8 @@ struct Tables {
   Tables(const couplet_backend* backend, Random* random) {
     std::vector<const float*> key_pointers, value_pointers;
     for (int32_t layer = 0; layer < shape.layers; ++layer) {
-      keys.push_back(random->normals(side_floats << shape.key_codec.code_bits));
-      values.push_back(random->normals(side_floats << shape.value_codec.code_bits));
+      keys.push_back(eighths(random, side_floats << shape.key_codec.code_bits));
+      values.push_back(eighths(random, side_floats << shape.value_codec.code_bits));
     }
     for (int32_t layer = 0; layer < shape.layers; ++layer) {
       key_pointers.push_back(keys[static_cast<size_t>(layer)].data());
@@ -50,7 +57,7 @@ struct Tables {
 
   Token token(Random* random) const {
     Token token;
-    token.raw = random->normals(shape.layers * 2 * side_floats);
+    token.raw = eighths(random, shape.layers * 2 * side_floats);
     token.coded.resize(token.raw.size());
     for (int32_t layer = 0; layer < shape.layers; ++layer) {
       for (int side = 0; side < 2; ++side) {

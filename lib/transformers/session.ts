@@ -183,5 +183,4 @@ export class CoupledSession implements ModelSession {
   }
 }
 
-
 const KEEP: ValueMetadata = { name: 'num_logits_to_keep', isTensor: true, type: 'int64', shape: [] }

@@ -24,3 +24,4 @@ export type { KmeansLayout, KmeansOptions, KmeansProgress, KmeansResult, KmeansS
 export { kmeans, kmeansSync } from './kmeans'
 export type { TextTokenizer } from './tokenizer'
 export { loadTokenizer } from './tokenizer'
+export type { TensorType } from './safetensors'

@@ -10,4 +10,5 @@ step('dist/', node, ['scripts/build-lib.mjs'])
 step('publint: package.json says what is there', node, ['node_modules/publint/src/cli.js', '--strict'])
 // Every resolution that Node >= 20 and bundlers use; TypeScript's node10 knows no exports map.
 step('attw: types agree with the modules', node, ['node_modules/@arethetypeswrong/cli/dist/index.js', '--pack', '.', '--profile', 'node16'])
+step('docs/reference is current', node, ['scripts/reference.mjs', '--check'])
 console.log('\nall checks passed')

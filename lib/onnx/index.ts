@@ -4,5 +4,5 @@
  */
 export type { CaptureOptions } from './capture'
 export { Capture } from './capture'
-export type { DecoderModelOptions, ModelRow, ModelRunOptions, ModelRunResult, ModelShape, ModelTensor } from './model'
+export type { DecoderModelOptions, ModelRow, ModelRunOptions, ModelRunResult, ModelShape, ModelTensor, OutputArray } from './model'
 export { DecoderModel } from './model'

@@ -13,8 +13,10 @@
 namespace couplet::bench {
 namespace {
 
-constexpr int kTile = 32;       // tokens a tile: 32 x 128 x 4 bytes of keys are 16 KB, half of the first cache with the values
-constexpr float kSlack = 8.0f;  // the running maximum follows only when it grew by more: e^8 x 32768 tokens fit in float32
+constexpr int kTile =
+    32;  // tokens a tile: 32 x 128 x 4 bytes of keys are 16 KB, half of the first cache with the values
+constexpr float kSlack =
+    8.0f;  // the running maximum follows only when it grew by more: e^8 x 32768 tokens fit in float32
 
 __m512 load16(const float* from) { return _mm512_loadu_ps(from); }
 __m512 load16(const half_bits* from) {
@@ -24,9 +26,11 @@ __m512 load16(const half_bits* from) {
 // Lane i of the result is the sum of the lanes of rows[i].
 __m512 sum_rows(__m512 (&rows)[16]) {
   for (int i = 0; i < 8; ++i)
-    rows[i] = _mm512_add_ps(_mm512_shuffle_f32x4(rows[i], rows[i + 8], 0x44), _mm512_shuffle_f32x4(rows[i], rows[i + 8], 0xEE));
+    rows[i] = _mm512_add_ps(_mm512_shuffle_f32x4(rows[i], rows[i + 8], 0x44),
+                            _mm512_shuffle_f32x4(rows[i], rows[i + 8], 0xEE));
   for (int i = 0; i < 4; ++i)
-    rows[i] = _mm512_add_ps(_mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x88), _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xDD));
+    rows[i] = _mm512_add_ps(_mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x88),
+                            _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xDD));
   for (int i = 0; i < 2; ++i)
     rows[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[i], rows[i + 2]), _mm512_unpackhi_ps(rows[i], rows[i + 2]));
   __m512 const sums = _mm512_add_ps(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
@@ -40,7 +44,8 @@ __m512 exp16(__m512 x) {
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
   __m512 sum = _mm512_set1_ps(1.0f / 720);
-  for (float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
+  for (float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
   return _mm512_scalef_ps(sum, n);
 }
 

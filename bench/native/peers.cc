@@ -28,9 +28,11 @@ Napi::Value run_float(const Napi::CallbackInfo& info) {
   const float* const queries = data_of<Napi::Float32Array>(info[2]);
   float* const out = data_of<Napi::Float32Array>(info[5]);
   if (info[3].As<Napi::TypedArray>().TypedArrayType() == napi_uint16_array)
-    float_attention(shape, scale, queries, data_of<Napi::Uint16Array>(info[3]), data_of<Napi::Uint16Array>(info[4]), out);
+    float_attention(shape, scale, queries, data_of<Napi::Uint16Array>(info[3]), data_of<Napi::Uint16Array>(info[4]),
+                    out);
   else
-    float_attention(shape, scale, queries, data_of<Napi::Float32Array>(info[3]), data_of<Napi::Float32Array>(info[4]), out);
+    float_attention(shape, scale, queries, data_of<Napi::Float32Array>(info[3]), data_of<Napi::Float32Array>(info[4]),
+                    out);
   return info.Env().Undefined();
 }
 
@@ -57,8 +59,8 @@ class BoundGraph {
     OwnedSessionOptions options(library);
     graph->must(info.Env(), library.api->create_session_options(options.out()));
     graph->must(info.Env(), library.api->set_intra_op_threads(options.get(), info[2].ToNumber()));
-    graph->must(info.Env(), library.api->create_session_from_array(library.env, model.Data(), model.ByteLength(), options.get(),
-                                                                   graph->session_->out()));
+    graph->must(info.Env(), library.api->create_session_from_array(library.env, model.Data(), model.ByteLength(),
+                                                                   options.get(), graph->session_->out()));
     graph->bind(info.Env(), info[3].As<Napi::Array>(), graph->input_names_, graph->inputs_);
     graph->bind(info.Env(), info[4].As<Napi::Array>(), graph->output_names_, graph->outputs_);
     return Napi::External<BoundGraph>::New(info.Env(), graph.release(), [](Napi::Env, BoundGraph* it) { delete it; });
@@ -73,8 +75,8 @@ class BoundGraph {
     for (const auto& value : graph->inputs_) feeds.push_back(value.get());
     std::vector<Value*> results;
     for (const auto& value : graph->outputs_) results.push_back(value.get());
-    graph->must(info.Env(), graph->library_->api->run(graph->session_->get(), nullptr, inputs.data(), feeds.data(), feeds.size(),
-                                                      outputs.data(), outputs.size(), results.data()));
+    graph->must(info.Env(), graph->library_->api->run(graph->session_->get(), nullptr, inputs.data(), feeds.data(),
+                                                      feeds.size(), outputs.data(), outputs.size(), results.data()));
     return info.Env().Undefined();
   }
 
@@ -95,8 +97,8 @@ class BoundGraph {
       auto* const start = static_cast<uint8_t*>(array.ArrayBuffer().Data()) + array.ByteOffset();
       auto const type = static_cast<ElementType>(entry.Get(1u).ToNumber().Int32Value());
       OwnedValue value(*library_);
-      must(env, library_->api->create_tensor_with_data(library_->memory, start, array.ByteLength(), shape.data(), shape.size(),
-                                                       type, value.out()));
+      must(env, library_->api->create_tensor_with_data(library_->memory, start, array.ByteLength(), shape.data(),
+                                                       shape.size(), type, value.out()));
       names.push_back(entry.Get(0u).ToString());
       values.push_back(std::move(value));
       kept_.push_back(Napi::Persistent(array.As<Napi::Object>()));

@@ -75,7 +75,10 @@ export interface CacheOptions {
   device?: 'cpu' | 'cuda' | undefined
 }
 
-/** How the new tokens of a step meet each other: `exact`, all in full precision, or `coded`, as if they had come one by one. */
+/**
+ * How the new tokens of a step meet each other: `exact`, all in full precision, or `coded`, as if they had come one by one. Older tokens are
+ * read alike in both: from codes once they have left the window of the query.
+ */
 export type Prefill = 'exact' | 'coded'
 
 export interface StepRow {

@@ -291,9 +291,10 @@ void Step::State::gather_dense(const StepRowState& row, const StepData& data, in
                    .tokens = row.row.tokens});
 }
 
-// Queries [begin, end) of positions. With Prefill::coded a query reads codes up to where its own window begins, but never
-// fewer than the sequence had before: after a truncate tokens are coded that its window would want raw. The backend's
-// rule min(coded_end, t - window + 1) has no such floor, so the first queries go as a sequence of their own.
+// Queries [begin, end) of positions. A query reads codes up to where its own window begins (with Prefill::exact of the
+// tokens before the step alone, so that one token after another sees the same in both modes), but never fewer than the
+// sequence had before: after a truncate tokens are coded that its window would want raw. The backend's rule
+// min(coded_end, t - window + 1) has no such floor, so the first queries go as a sequence of their own.
 void Step::State::gather_queries(const StepRowState& row, const StepData& data, int64_t begin, int64_t end,
                                  size_t dense_offset, size_t dense_count) {
   const CacheConfig& config = cache->config();
@@ -316,13 +317,10 @@ void Step::State::gather_queries(const StepRowState& row, const StepData& data, 
                          .coded_end = has_codes ? static_cast<int32_t>(coded_end) : 0,
                          .window = has_codes ? window : 0});
   };
-  if (prefill == Prefill::exact) {
-    append(begin, end, row.old_coded_end, 0);
-    return;
-  }
+  int64_t const last_coded = prefill == Prefill::exact ? std::min(row.new_coded_end, row.old_length) : row.new_coded_end;
   int64_t const own_window = std::clamp(row.old_coded_end + config.window - 1, begin, end);
   append(begin, own_window, row.old_coded_end, 0);
-  append(own_window, end, row.new_coded_end, config.window);
+  append(own_window, end, std::max(row.old_coded_end, last_coded), config.window);
 }
 
 couplet_attend_params Step::State::attend_params(int32_t layer, const AttendOptions& options) const {

@@ -113,7 +113,8 @@ export class ModelSequence {
       const out = new Float64Array(count * queryElements)
       for (let i = 0; i < count; i++) {
         const position = first + i
-        const codedEnd = prefill === 'exact' ? oldCodedEnd : Math.max(oldCodedEnd, Math.min(this.codedEnd, position - window + 1))
+        const mostCoded = Math.min(this.codedEnd, prefill === 'exact' ? first : Infinity)
+        const codedEnd = Math.max(oldCodedEnd, Math.min(mostCoded, position - window + 1))
         out.set(this.#attend(layer, queries.subarray(i * queryElements, (i + 1) * queryElements), position, codedEnd), i * queryElements)
       }
       return out

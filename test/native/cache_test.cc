@@ -289,8 +289,9 @@ void Harness::attend_layer(Step* step, int32_t layer, const std::vector<StepRow>
     double worst = 0;
     for (int64_t query = first; query < static_cast<int64_t>(sequence.tokens.size()); ++query) {
       int64_t coded_end = before.coded_end;
-      if (prefill == Prefill::coded && config_.window >= 0) {
-        coded_end = std::max(coded_end, std::min(sequence.coded_end, query - config_.window + 1));
+      if (config_.window >= 0) {
+        int64_t const most = prefill == Prefill::coded ? sequence.coded_end : std::min(sequence.coded_end, first);
+        coded_end = std::max(coded_end, std::min(most, query - config_.window + 1));
       }
       for (int32_t query_head = 0; query_head < shape.query_heads; ++query_head) {
         int32_t const head = query_head / (shape.query_heads / shape.kv_heads);

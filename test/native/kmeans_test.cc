@@ -193,14 +193,14 @@ void random_problems() {
                           {1, 100, 31, 5},
                           {2, 64, 16, 1},
                           {1, 5000, 4, 64},
-                          {1, 4500, 5, 4096},
+                          {1, 4200, 2, 4096},
                           {1, 1, 8, 1},
                           {4, 31, 7, 31}}) {
     for (bool const weighted : {false, true}) {
       size_t const rows = size_t(size.problems) * size.points;
       Run run(size.problems, size.points, size.channels, size.centroids, random.normals(rows * size.channels),
               weighted ? positive(random, rows) : std::vector<float>{});
-      run.iterations = size.centroids > 1000 ? 3 : 200;
+      run.iterations = size.centroids > 1000 ? 1 : 200;
       std::string const name =
           std::to_string(size.points) + "x" + std::to_string(size.channels) + " " + std::to_string(size.centroids);
       CHECK(run.run() == COUPLET_OK, "%s: %s", name.c_str(), run.report.detail);
@@ -287,11 +287,11 @@ void threads_and_batches_change_nothing() {
     int problems, points, channels, centroids;
   };
   // many small ones; a few that share threads; one alone, of several blocks
-  for (Size const size : {Size{40, 300, 4, 16}, {3, 9000, 8, 128}, {1, 20000, 8, 256}, {5, 9000, 8, 128}}) {
+  for (Size const size : {Size{40, 300, 4, 16}, {3, 9000, 8, 128}, {1, 20000, 4, 120}, {5, 9000, 8, 128}}) {
     size_t const rows = size_t(size.problems) * size.points;
     Run one(size.problems, size.points, size.channels, size.centroids, random.normals(rows * size.channels),
             positive(random, rows));
-    one.iterations = 6;
+    one.iterations = 2;
     CHECK(one.run() == COUPLET_OK, "%s", one.report.detail);
     for (int const threads : {2, 3, 7, 0}) {
       Run many = one;
@@ -304,7 +304,7 @@ void threads_and_batches_change_nothing() {
         return std::vector<float>(all.begin() + p * size.points * width, all.begin() + (p + 1) * size.points * width);
       };
       Run alone(1, size.points, size.channels, size.centroids, part(one.data, size.channels), part(one.weights, 1));
-      alone.iterations = 6;
+      alone.iterations = 2;
       alone.run();
       CHECK(alone.inertia[0] == one.inertia[p] &&
                 std::equal(alone.table.begin(), alone.table.end(), one.table.begin() + p * alone.table.size()),
@@ -342,7 +342,7 @@ void instruction_sets_agree() {
   using namespace couplet::cpu;
   Random random(7);
   for (int channels = 1; channels <= 32; channels += channels < 9 ? 1 : 5) {
-    int const points = 6000, centroids = 40 + channels;
+    int const points = 4200, centroids = 40 + channels;
     Run run(1, points, channels, centroids, random.normals(size_t(points) * channels), positive(random, points));
     for (size_t i = 0; i < 64; ++i) run.data[size_t(channels) * (100 + i)] = run.data[size_t(channels) * 99];
     run.iterations = 5;
@@ -580,7 +580,7 @@ void cancels_quickly() {
   struct Size {
     int problems, points, channels, centroids;
   };
-  for (Size const size : {Size{1, 300000, 8, 1024}, {1, 20000, 32, 4096}, {400, 4000, 8, 64}}) {
+  for (Size const size : {Size{1, 300000, 8, 1024}, {1, 20000, 32, 4096}, {600, 2000, 8, 64}}) {
     for (int const delay_ms : {0, 5, 60}) {
       volatile int32_t cancel = 0;
       couplet_control const control{&cancel, nullptr, nullptr};

@@ -23,20 +23,29 @@ constexpr int32_t smallest_piece = 4096;  // into pieces of at least so many key
 int64_t blocks_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-const AttendBody& body_for(Isa isa) {
+constexpr int32_t most_lookup_rows =
+    16;  // beyond, the tile body's matrix products win over one pass for each query token
+
+struct Bodies {
+  const AttendTile* tile;
+  const AttendLookup* lookup;  // NULL when none fits
+};
+
+Bodies select(const couplet_attend_params& params, Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return attend_tile_avx512;
-  if (isa == Isa::avx2) return attend_tile_avx2;
+  if (isa == Isa::avx512)
+    return {&attend_tile_avx512, attend_lookup_avx512.fits(params) ? &attend_lookup_avx512 : nullptr};
+  if (isa == Isa::avx2) return {&attend_tile_avx2, attend_lookup_avx2.fits(params) ? &attend_lookup_avx2 : nullptr};
 #endif
-  (void)isa;
-  return attend_tile_portable;
+  (void)params, (void)isa;
+  return {&attend_tile_portable, nullptr};
 }
 
 // How a call is cut. It depends on the shapes alone, so that the sums, and with them every bit of the outputs, do not depend
 // on the number of threads.
 class Plan {
  public:
-  Plan(const couplet_attend_params& params, Isa isa) : params_(params), body_(body_for(isa)) {
+  Plan(const couplet_attend_params& params, Isa isa) : params_(params), bodies_(select(params, isa)) {
     group_heads_ = params.query_heads / params.kv_heads;
     padded_ = attend_padded(params.head_dim);
     block_tokens_ = std::max(1, block_floats / padded_ / group_heads_);
@@ -68,7 +77,7 @@ class Plan {
       std::fill_n(state.maxima, block_rows_, -std::numeric_limits<float>::infinity());
       std::fill_n(state.sums, block_rows_, 0.0f);
       std::memset(state.weighted, 0, static_cast<size_t>(block_rows_) * static_cast<size_t>(padded_) * sizeof(float));
-      body_.run(place.task, state, own + state_bytes());
+      run_task(place.task, state, own + state_bytes());
       if (place.shared_state < 0) finish(place.task, state);
     });
     if (shared_states_ > 0)
@@ -132,10 +141,25 @@ class Plan {
             .shared_state = count > 1 ? shared_state + index : -1};
   }
 
+  bool looks_up(int32_t query_tokens) const {
+    return bodies_.lookup && query_tokens * group_heads_ <= most_lookup_rows;
+  }
+
+  void run_task(const AttendTask& task, AttendState state, void* scratch) const {
+    bool const lookup = looks_up(task.query_tokens);
+    bodies_.tile->run(task, state, scratch, !lookup);
+    if (lookup) bodies_.lookup->run(task, state, scratch);
+  }
+
+  size_t scratch_bytes() const {
+    size_t const tile = bodies_.tile->scratch(params_, block_rows_);
+    return bodies_.lookup ? std::max(tile, bodies_.lookup->scratch(params_)) : tile;
+  }
+
   size_t state_bytes() const {
     return aligned(static_cast<size_t>(block_rows_) * (2 + static_cast<size_t>(padded_)) * sizeof(float));
   }
-  size_t worker_bytes() const { return state_bytes() + aligned(body_.scratch(params_, block_rows_)); }
+  size_t worker_bytes() const { return state_bytes() + aligned(scratch_bytes()); }
 
   AttendState state_at(uint8_t* memory) const {
     float* const weighted = reinterpret_cast<float*>(memory);
@@ -185,7 +209,7 @@ class Plan {
   }
 
   const couplet_attend_params& params_;
-  const AttendBody& body_;
+  Bodies bodies_;
   int32_t group_heads_, padded_, block_tokens_;
   int32_t block_rows_ = 0;     // rows of the largest block
   int64_t blocks_ = 0;         // (sequence, query block, kv head)
@@ -200,8 +224,12 @@ couplet_status run(const couplet_attend_params* params, void* workspace, void*, 
 }
 
 void describe(const couplet_attend_params* params, char* text, size_t text_bytes) {
-  std::snprintf(text, text_bytes, "attend %s %dc%db tile", isa_name(isa()), params->key_codec.group_channels,
-                params->key_codec.code_bits);
+  bool lookup = select(*params, isa()).lookup != nullptr;
+  for (int32_t index = 0; index < params->sequence_count; ++index)
+    lookup =
+        lookup && params->sequences[index].query_tokens * (params->query_heads / params->kv_heads) <= most_lookup_rows;
+  std::snprintf(text, text_bytes, "attend %s %dc%db %s", isa_name(isa()), params->key_codec.group_channels,
+                params->key_codec.code_bits, lookup ? "lookup" : "tile");
 }
 
 }  // namespace

@@ -27,6 +27,17 @@ typedef float Floats __attribute__((vector_size(width * 4)));
 typedef int32_t Ints __attribute__((vector_size(width * 4)));
 typedef float FloatsAnywhere __attribute__((vector_size(width * 4), aligned(4), may_alias));
 
+// A list of all lanes, to name the lanes of shuffles by.
+template <int... lanes>
+struct Lanes {};
+template <int count, int... lanes>
+struct CountLanes : CountLanes<count - 1, count - 1, lanes...> {};
+template <int... lanes>
+struct CountLanes<0, lanes...> {
+  using Type = Lanes<lanes...>;
+};
+using AllLanes = typename CountLanes<width>::Type;
+
 static inline Floats load(const float* from) { return *reinterpret_cast<const FloatsAnywhere*>(from); }
 static inline void store(float* to, Floats value) { *reinterpret_cast<FloatsAnywhere*>(to) = value; }
 static inline Floats all(float value) { return value - Floats{}; }
@@ -45,6 +56,19 @@ static inline Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
+// c - a * b
+static inline Floats fused_negative(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fnmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fnmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmsq_f32(c, a, b);
+#else
+  return c - a * b;
+#endif
+}
+
 static inline float sum_of(Floats value) {
   float sum = 0;
   for (int lane = 0; lane < width; ++lane) sum += value[lane];
@@ -57,20 +81,30 @@ static inline float largest_of(Floats value) {
   return largest;
 }
 
-// 2^x for x <= 127; 0 below -126. Minimax polynomial on [-1/2, 1/2], relative error 9.1e-8 before rounding.
-static inline Floats exp2_of(Floats x) {
-  Floats const magic = all(12582912.0f);  // 1.5 * 2^23: its sum with x has round(x) in the low bits
-  Floats const shifted = larger(x, all(-126.0f)) + magic;
-  Floats const fraction = larger(x, all(-126.0f)) - (shifted - magic);
+// 2^fraction for |fraction| <= 1/2: minimax polynomial, relative error 9.1e-8 before rounding.
+static inline Floats exp2_of_fraction(Floats fraction) {
   Floats power = all(1.326472726e-3f);
   power = fused(power, fraction, all(9.671512700e-3f));
   power = fused(power, fraction, all(5.550733744e-2f));
   power = fused(power, fraction, all(2.402224208e-1f));
   power = fused(power, fraction, all(6.931469776e-1f));
-  power = fused(power, fraction, all(1.0f));
+  return fused(power, fraction, all(1.0f));
+}
+
+// 2^x for x <= 127; 0 (or a denormal number) below -126.
+static inline Floats exp2_of(Floats x) {
+#if defined(__AVX512F__)
+  Floats const bounded = _mm512_max_ps(x, all(-200.0f));  // of -infinity no fraction can be taken
+  Floats const whole = _mm512_roundscale_ps(bounded, 0);
+  return _mm512_scalef_ps(exp2_of_fraction(bounded - whole), whole);
+#else
+  Floats const magic = all(12582912.0f);  // 1.5 * 2^23: its sum with x has round(x) in the low bits
+  Floats const bounded = larger(x, all(-126.0f));
+  Floats const shifted = bounded + magic;
   Ints const exponent = (reinterpret_cast<Ints>(shifted) << 23) + 0x3f800000;
-  Floats const result = power * reinterpret_cast<Floats>(exponent);
+  Floats const result = exp2_of_fraction(bounded - (shifted - magic)) * reinterpret_cast<Floats>(exponent);
   return x < -126.0f ? Floats{} : result;
+#endif
 }
 
 // tanh(x): an odd polynomial below 0.625 (relative error 4.2e-9 before rounding), 1 - 2 / (e^2x + 1) above.

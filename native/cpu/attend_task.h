@@ -29,15 +29,24 @@ struct AttendState {
 
 constexpr int32_t attend_padded(int32_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
-// Bytes that a body needs beside the state, and what it does with a task. Entries of one ISA.
-struct AttendBody {
+// The general body of one instruction set: any codec, any number of rows.
+struct AttendTile {
   size_t (*scratch)(const couplet_attend_params& params, int32_t rows);
+  void (*run)(const AttendTask& task, AttendState state, void* scratch, bool with_codes);
+};
+
+// The body for the coded keys of tasks of few rows, where there is one for the shapes; dense runs stay with the tile body.
+struct AttendLookup {
+  bool (*fits)(const couplet_attend_params& params);
+  size_t (*scratch)(const couplet_attend_params& params);
   void (*run)(const AttendTask& task, AttendState state, void* scratch);
 };
 
-extern const AttendBody attend_tile_portable;
-extern const AttendBody attend_tile_avx2;
-extern const AttendBody attend_tile_avx512;
+extern const AttendTile attend_tile_portable;
+extern const AttendTile attend_tile_avx2;
+extern const AttendTile attend_tile_avx512;
+extern const AttendLookup attend_lookup_avx2;
+extern const AttendLookup attend_lookup_avx512;
 
 // ---- what a query sees -------------------------------------------------------------------------------------------
 // The keys of a sequence come from three sources, each seen by a query as one interval of positions whose ends never

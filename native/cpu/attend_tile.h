@@ -5,9 +5,8 @@
 // small matrix products. Keys never exist decoded beyond a tile.
 #pragma once
 
-#include "attend_lanes.h"
+#include "attend_rotate.h"
 #include "attend_task.h"
-#include "rotary.h"
 #include "unpack.h"
 
 namespace couplet::cpu::COUPLET_BODY {
@@ -47,30 +46,6 @@ static inline void decode_tile(const couplet_table& table, const uint8_t* page, 
   }
 }
 
-static inline void rotate(const couplet_rotary& rotary, const float* cos, const float* sin, const float* row,
-                          float* out) {
-  int32_t const half = rotary.rotary_dim / 2;
-  if (rotary.kind == COUPLET_ROTARY_HALF) {
-    int32_t i = 0;
-    for (; i + width <= half; i += width) {
-      Floats const x = load(row + i), y = load(row + i + half), c = load(cos + i), s = load(sin + i);
-      store(out + i, x * c - y * s);
-      store(out + i + half, y * c + x * s);
-    }
-    for (; i < half; ++i) {
-      float const x = row[i], y = row[i + half];
-      out[i] = x * cos[i] - y * sin[i];
-      out[i + half] = y * cos[i] + x * sin[i];
-    }
-  } else {
-    for (int32_t c = 0; c < 2 * half; c += 2) {
-      float const x = row[c], y = row[c + 1];
-      out[c] = x * cos[c] + y * sin[c];
-      out[c + 1] = y * cos[c + 1] + x * sin[c + 1];
-    }
-  }
-}
-
 // One task's scratch and constants.
 class TileBody {
  public:
@@ -95,12 +70,12 @@ class TileBody {
     seen_ = reinterpret_cast<Interval*>(at);
   }
 
-  void run() {
+  void run(bool with_codes) {
     load_queries();
     memset(keys_, 0, static_cast<size_t>(tile * padded_) * sizeof(float));
     memset(values_, 0, static_cast<size_t>(tile * padded_) * sizeof(float));
     run_dense(KeySource::below);
-    run_codes();
+    if (with_codes) run_codes();
     run_dense(KeySource::above);
   }
 
@@ -121,6 +96,7 @@ class TileBody {
       float* const to = queries_ + int64_t{row} * padded_;
       for (int32_t channel = 0; channel < padded_; ++channel)
         to[channel] = channel < params_.head_dim ? from[channel] * factor : 0;
+      if (params_.rotary) scale_by_amplitude(*params_.rotary, to);
     }
     if (params_.rotary)
       memcpy(rotated_queries_, queries_, static_cast<size_t>(rows_) * static_cast<size_t>(padded_) * sizeof(float));
@@ -213,8 +189,7 @@ class TileBody {
     rotated_ = true;
     for (int32_t row = rotary.linear ? first_row_ : 0; row < (rotary.linear ? end_row_ : rows_); ++row) {
       int32_t const at = position(row / group_heads_);
-      if (row % group_heads_ == 0)
-        query_angles(rotary, attend_larger(at, first), first, angles_, angles_ + rotary_max_stride);
+      if (row % group_heads_ == 0) turn_towards(rotary, attend_larger(at, first), first, angles_);
       rotate(rotary, angles_, angles_ + rotary_max_stride, queries_ + int64_t{row} * padded_,
              rotated_queries_ + int64_t{row} * padded_);
     }
@@ -278,8 +253,8 @@ class TileBody {
   Interval* seen_;          // [rows], relative to the tile
 };
 
-static inline void run_tiles(const AttendTask& task, AttendState state, void* scratch) {
-  TileBody(task, state, scratch).run();
+static inline void run_tiles(const AttendTask& task, AttendState state, void* scratch, bool with_codes) {
+  TileBody(task, state, scratch).run(with_codes);
 }
 
 }  // namespace couplet::cpu::COUPLET_BODY

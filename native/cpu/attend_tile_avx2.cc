@@ -1,6 +1,6 @@
-#define COUPLET_BODY attend_avx2
+#define COUPLET_BODY attend_tile_body_avx2
 #include "attend_tile.h"
 
 namespace couplet::cpu {
-const AttendBody attend_tile_avx2 = {.scratch = COUPLET_BODY::TileBody::scratch, .run = COUPLET_BODY::run_tiles};
+const AttendTile attend_tile_avx2 = {.scratch = COUPLET_BODY::TileBody::scratch, .run = COUPLET_BODY::run_tiles};
 }  // namespace couplet::cpu

@@ -48,16 +48,11 @@ void add_angles(int64_t stride, const float* cos, const float* sin, float* sum_c
 }
 
 // The row of angles of a distance between positions, amplitude 1.
-void distance_angles(const couplet_rotary& rotary, int32_t distance, float* cos, float* sin) {
-  int64_t const stride = rotary.stride;
-  int32_t const wide = distance / wide_step, coarse = distance % wide_step / coarse_step,
-                offset = distance % coarse_step;
-  std::memcpy(cos, rotary.cos + offset * stride, static_cast<size_t>(stride) * sizeof(float));
-  std::memcpy(sin, rotary.sin + offset * stride, static_cast<size_t>(stride) * sizeof(float));
-  int64_t row = coarse_step + coarse;
-  if (coarse) add_angles(stride, rotary.cos + row * stride, rotary.sin + row * stride, cos, sin);
-  row = coarse_step + coarse_rows(rotary.positions) + wide;
-  if (wide) add_angles(stride, rotary.cos + row * stride, rotary.sin + row * stride, cos, sin);
+void add_up(const couplet_rotary& rotary, int32_t distance, float* cos, float* sin) {
+  AngleSum const angles = distance_angles(rotary, distance);
+  std::memcpy(cos, angles.cos[0], static_cast<size_t>(rotary.stride) * sizeof(float));
+  std::memcpy(sin, angles.sin[0], static_cast<size_t>(rotary.stride) * sizeof(float));
+  for (int32_t i = 1; i < angles.count; ++i) add_angles(rotary.stride, angles.cos[i], angles.sin[i], cos, sin);
 }
 
 float* allocate(couplet_rotary* rotary, int64_t count) {
@@ -132,7 +127,7 @@ bool is_linear(const couplet_rotary& rotary, const couplet_rotary_params& params
   int32_t const step = rotary.kind == COUPLET_ROTARY_HALF ? 1 : 2;
   alignas(64) float cos[rotary_max_stride], sin[rotary_max_stride];
   for (int32_t t = 0; t < params.positions; ++t) {
-    distance_angles(rotary, t, cos, sin);
+    add_up(rotary, t, cos, sin);
     for (int32_t i = 0; i < pairs(rotary); ++i) {
       int64_t const at = int64_t{t} * pairs(rotary) + i;
       int32_t const entry = step == 1 ? i : 2 * i + 1;  // of an interleaved row, the one whose sin has its own sign
@@ -264,14 +259,18 @@ AngleRows key_angles(const couplet_rotary& rotary, int32_t first) {
   return {rotary.cos + at, rotary.sin + at, rotary.stride};
 }
 
-void query_angles(const couplet_rotary& rotary, int32_t position, int32_t first, float* cos, float* sin) {
-  if (!rotary.linear) return position_angles(rotary, position, cos, sin);
-  distance_angles(rotary, position - first, cos, sin);
-  for (int64_t e = 0; e < rotary.stride; ++e) {
-    float const both = rotary.amplitude[e] * rotary.amplitude[e];  // the query carries the key's amplitude as well
-    cos[e] *= both;
-    sin[e] *= both;
-  }
+AngleSum distance_angles(const couplet_rotary& rotary, int32_t distance) {
+  int32_t const wide = distance / wide_step, coarse = distance % wide_step / coarse_step,
+                offset = distance % coarse_step;
+  AngleSum sum{};
+  auto const add = [&](int64_t row) {
+    sum.cos[sum.count] = rotary.cos + row * rotary.stride;
+    sum.sin[sum.count++] = rotary.sin + row * rotary.stride;
+  };
+  add(offset);
+  if (coarse) add(coarse_step + coarse);
+  if (wide) add(coarse_step + coarse_rows(rotary.positions) + wide);
+  return sum;
 }
 
 void position_angles(const couplet_rotary& rotary, int32_t position, float* cos, float* sin) {
@@ -281,7 +280,7 @@ void position_angles(const couplet_rotary& rotary, int32_t position, float* cos,
     std::memcpy(sin, rotary.sin + position * rotary.stride, bytes);
     return;
   }
-  distance_angles(rotary, position, cos, sin);
+  add_up(rotary, position, cos, sin);
   for (int64_t e = 0; e < rotary.stride; ++e) {
     cos[e] *= rotary.amplitude[e];
     sin[e] *= rotary.amplitude[e];

@@ -41,9 +41,13 @@ struct AngleRows {
 // The rows by which keys of positions first, first + 1, ... are rotated. Linear: rotary_offsets rows; else up to the last position.
 AngleRows key_angles(const couplet_rotary& rotary, int32_t first);
 
-// Writes the row of angles, float32 [stride], for a query of `position` that meets keys rotated by key_angles(rotary, first);
-// first <= position < positions.
-void query_angles(const couplet_rotary& rotary, int32_t position, int32_t first, float* cos, float* sin);
+// Linear angles of a distance between positions, as rows that add up to it (amplitude 1).
+struct AngleSum {
+  const float* cos[3];
+  const float* sin[3];
+  int32_t count;  // 1 to 3
+};
+AngleSum distance_angles(const couplet_rotary& rotary, int32_t distance);
 
 // Writes the row of angles of `position` as the model means it, for queries and keys alike.
 void position_angles(const couplet_rotary& rotary, int32_t position, float* cos, float* sin);

@@ -108,7 +108,7 @@ class AttendCase {
 
  private:
   struct Data {
-    std::vector<std::vector<uint8_t>> pages;
+    std::vector<uint8_t> pages;
     std::vector<const uint8_t*> page_pointers;
     std::vector<std::vector<float>> dense;  // one keys and one values array per run
     std::vector<couplet_dense_rows> runs;
@@ -180,15 +180,20 @@ class AttendCase {
     }
   }
 
+  // Pages as the cache has them: on cache lines, one after the other in one piece of memory.
   void make_pages(int32_t begin, int32_t end, Data* data) {
-    size_t const bytes = static_cast<size_t>(
-        value_offset() + shape_.kv_heads * couplet_page_bytes(shape_.value_codec, shape_.head_dim, shape_.page_tokens));
-    for (int32_t page = 0; page * shape_.page_tokens < end; ++page) {
-      bool const used = (page + 1) * shape_.page_tokens > begin;
-      data->pages.emplace_back(used ? bytes : 0);
-      for (uint8_t& byte : data->pages.back()) byte = static_cast<uint8_t>(random_.next());
-      data->page_pointers.push_back(used ? data->pages.back().data() : nullptr);
-    }
+    size_t const bytes = static_cast<size_t>(value_offset()) +
+                         static_cast<size_t>(shape_.kv_heads * couplet_page_bytes(shape_.value_codec, shape_.head_dim,
+                                                                                  shape_.page_tokens));
+    int32_t const first = begin / shape_.page_tokens, last = (end + shape_.page_tokens - 1) / shape_.page_tokens;
+    if (begin >= end) return;
+    data->pages.resize(static_cast<size_t>(last - first) * bytes + COUPLET_PAGE_ALIGNMENT);
+    for (uint8_t& byte : data->pages) byte = static_cast<uint8_t>(random_.next());
+    size_t const address = reinterpret_cast<size_t>(data->pages.data());
+    size_t const aligned = (COUPLET_PAGE_ALIGNMENT - address % COUPLET_PAGE_ALIGNMENT) % COUPLET_PAGE_ALIGNMENT;
+    for (int32_t page = 0; page < last; ++page)
+      data->page_pointers.push_back(
+          page < first ? nullptr : data->pages.data() + aligned + static_cast<size_t>(page - first) * bytes);
   }
 
   void make_sequence(const SequenceShape& shape, Data* data, couplet_attend_sequence* sequence) {

@@ -1,0 +1,83 @@
+// Rotary embedding in vectors. Included only by the bodies' own files, like attend_lanes.h.
+#pragma once
+
+#include "attend_lanes.h"
+#include "rotary.h"
+
+namespace couplet::cpu::COUPLET_BODY {
+
+// Lane i of the result is v[i ^ 1].
+template <int... lane>
+static inline Floats neighbours(Floats v, Lanes<lane...>) {
+  return __builtin_shufflevector(v, v, (lane ^ 1)...);
+}
+
+// Rotates the rotary channels of `rows` rows, `stride` floats apart, by one row of angles. out may be row itself.
+static inline void rotate(const couplet_rotary& rotary, const float* cos, const float* sin, const float* row,
+                          float* out, int32_t rows = 1, int64_t stride = 0) {
+  int32_t const half = rotary.rotary_dim / 2;
+  if (rotary.kind == COUPLET_ROTARY_HALF) {
+    int32_t i = 0;
+    for (; i + width <= half; i += width) {
+      Floats const c = load(cos + i), s = load(sin + i);
+      for (int32_t r = 0; r < rows; ++r) {
+        int64_t const at = i + r * stride;
+        Floats const x = load(row + at), y = load(row + at + half);
+        store(out + at, fused_negative(y, s, x * c));
+        store(out + at + half, fused(x, s, y * c));
+      }
+    }
+    for (; i < half; ++i)
+      for (int32_t r = 0; r < rows; ++r) {
+        int64_t const at = i + r * stride;
+        float const x = row[at], y = row[at + half];
+        out[at] = x * cos[i] - y * sin[i];
+        out[at + half] = y * cos[i] + x * sin[i];
+      }
+  } else {
+    int32_t i = 0;
+    for (; i + width <= 2 * half; i += width) {
+      Floats const c = load(cos + i), s = load(sin + i);
+      for (int32_t r = 0; r < rows; ++r) {
+        Floats const x = load(row + i + r * stride);
+        store(out + i + r * stride, fused(neighbours(x, AllLanes{}), s, x * c));
+      }
+    }
+    for (; i < 2 * half; i += 2)
+      for (int32_t r = 0; r < rows; ++r) {
+        float const x = row[i + r * stride], y = row[i + 1 + r * stride];
+        out[i + r * stride] = x * cos[i] + y * sin[i];
+        out[i + 1 + r * stride] = y * cos[i + 1] + x * sin[i + 1];
+      }
+  }
+}
+
+// The row of angles by which a query of `position` meets keys rotated by key_angles(rotary, first): written to `row`, cos then
+// sin, [2][rotary_max_stride]. Where angles are linear the amplitude is left to scale_by_amplitude.
+static inline void turn_towards(const couplet_rotary& rotary, int32_t position, int32_t first, float* row) {
+  float* const row_sin = row + rotary_max_stride;
+  if (!rotary.linear) return position_angles(rotary, position, row, row_sin);
+  AngleSum const sum = distance_angles(rotary, position - first);
+  for (int64_t i = 0; i < rotary.stride; i += width) {
+    Floats cos = load(sum.cos[0] + i), sin = load(sum.sin[0] + i);
+    for (int32_t k = 1; k < sum.count; ++k) {
+      Floats const c = load(sum.cos[k] + i), s = load(sum.sin[k] + i);
+      Floats const turned = fused_negative(sin, s, cos * c);
+      sin = fused(cos, s, sin * c);
+      cos = turned;
+    }
+    store(row + i, cos);
+    store(row_sin + i, sin);
+  }
+}
+
+// Linear angles: a query carries the amplitude of both sides.
+static inline void scale_by_amplitude(const couplet_rotary& rotary, float* query) {
+  if (!rotary.linear) return;
+  for (int32_t channel = 0; channel < rotary.rotary_dim; ++channel) {
+    float const amplitude = rotary.amplitude[channel % rotary.entries];
+    query[channel] *= amplitude * amplitude;
+  }
+}
+
+}  // namespace couplet::cpu::COUPLET_BODY

@@ -29,8 +29,13 @@ size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * 
 
 void fill(std::byte* memory, int value, size_t bytes) { std::memset(memory, value, bytes); }
 
-bool all_untouched(const std::byte* memory, size_t bytes) {
+// Whether a margin is as it was made. AddressSanitizer lets nobody touch it, not even this function.
+bool intact_margin([[maybe_unused]] const std::byte* memory, [[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  return true;
+#else
   return std::all_of(memory, memory + bytes, [](std::byte value) { return value == std::byte{untouched}; });
+#endif
 }
 
 }  // namespace
@@ -75,12 +80,7 @@ bool SharedRegion::holds(const void* address, size_t bytes) const {
 }
 
 bool SharedRegion::intact() const {
-#ifdef __SANITIZE_ADDRESS__
-  return true;  // the margins cannot be touched, not even here
-#else
-  size_t const behind = mapping_bytes_ - shared_margin - bytes_;
-  return all_untouched(mapping_, shared_margin) && all_untouched(memory_ + bytes_, behind);
-#endif
+  return intact_margin(mapping_, shared_margin) && intact_margin(memory_ + bytes_, mapping_bytes_ - shared_margin - bytes_);
 }
 
 void SharedRegion::publish() { release(&tag_); }
@@ -165,11 +165,7 @@ Released release_device(void* memory) {
   if (block == arena.blocks.end()) return Released::unknown;
   auto const [offset, bytes] = *block;
   size_t const length = block_bytes(bytes);
-#ifdef __SANITIZE_ADDRESS__
-  bool const intact = true;  // the margin cannot be touched, not even here
-#else
-  bool const intact = all_untouched(address + bytes, length - bytes);
-#endif
+  bool const intact = intact_margin(address + bytes, length - bytes);
   ASAN_POISON_MEMORY_REGION(memory, length);
   arena.blocks.erase(block);
   arena.used -= length;
@@ -185,6 +181,19 @@ Released release_device(void* memory) {
     }
   }
   return intact ? Released::sound : Released::overrun;
+}
+
+size_t device_overrun() {
+  Arena& arena = sim::arena();
+  std::lock_guard const lock(arena.mutex);
+  for (auto const& [offset, bytes] : arena.blocks) {
+    std::byte* const end = arena.base + offset + bytes;
+    size_t const margin = block_bytes(bytes) - bytes;
+    if (intact_margin(end, margin)) continue;
+    fill(end, untouched, margin);  // said once
+    return bytes;
+  }
+  return 0;
 }
 
 bool is_device(const void* address) {

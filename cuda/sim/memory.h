@@ -15,11 +15,10 @@ class SharedRegion {
 
   const void* key() const { return key_; }
   size_t bytes() const { return bytes_; }
-  void* memory() const { return memory_; }
   bool holds(const void* address, size_t bytes) const;
   bool intact() const;  // nobody wrote just before or after it (AddressSanitizer sees reads as well, at their line)
 
-  void publish();  // made by the scheduler while the block runs: orders that before claim() for ThreadSanitizer
+  void publish();  // by the scheduler that made it; ordered before claim() for ThreadSanitizer
   void* claim();
 
  private:
@@ -35,6 +34,7 @@ class SharedRegion {
 void* allocate_device(size_t bytes);
 enum class Released { sound, overrun /* somebody wrote behind its end */, unknown /* never allocated, or released before */ };
 Released release_device(void* memory);
+size_t device_overrun();  // bytes of an allocation behind whose end somebody wrote; 0 when there is none. Device memory is open
 bool is_device(const void* address);
 size_t device_bytes_free();
 size_t device_bytes_total();

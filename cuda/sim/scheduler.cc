@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "device_state.h"
@@ -34,6 +35,7 @@ struct GpuThread : Place {
   State state = State::finished;
   Location where;
   int barrier = 0;                // while at_barrier
+  unsigned barriers_met = 0;      // calls so far
   uint32_t mask = 0;              // while in_collective
   Operation operation = nullptr;  //
   void* operand = nullptr;        //
@@ -71,6 +73,7 @@ struct Run {  // of one launch
   const Launch* launch = nullptr;
   Random random{1};
   bool failed = false;
+  bool leave_warp = false;  // the running thread asks for another warp's turn
   bool progress = false;  // some thread did more than spin since this was cleared
   unsigned idle_rounds = 0;
   char launch_tag = 0;
@@ -83,8 +86,8 @@ constexpr unsigned most_idle_rounds = 100'000;
 std::mutex device;  // one launch at a time
 Run run_state;
 std::string failure;
-// Threads between launches, oldest first. A block takes them from the front: with ThreadSanitizer no two blocks in
-// succession may look like one thread to it. Never destroyed: launches may go on while the process ends.
+// Threads between blocks, oldest first. Never destroyed: launches may go on while the process ends. A block takes them from
+// the front, and there are more than it needs, so that two blocks in succession do not look like one to ThreadSanitizer.
 std::vector<GpuThread*>& pool = *new std::vector<GpuThread*>;
 
 GpuThread& running() { return *const_cast<GpuThread*>(static_cast<const GpuThread*>(place)); }
@@ -150,9 +153,11 @@ std::unique_ptr<Block> start_block(uint64_t number) {
   block->index = {static_cast<unsigned>(number % launch.grid.x), static_cast<unsigned>(number / launch.grid.x % launch.grid.y),
                   static_cast<unsigned>(number / launch.grid.x / launch.grid.y)};
   block->alive = count;
-  if (launch.shared_bytes) block->shared.push_back(std::make_unique<SharedRegion>(nullptr, launch.shared_bytes, 128));
-  size_t const reserve = 3 * count;  // see pool
-  while (pool.size() < reserve) pool.push_back(new GpuThread(thread_body));
+  if (launch.shared_bytes) {
+    block->shared.push_back(std::make_unique<SharedRegion>(nullptr, launch.shared_bytes, 128));
+    block->shared.back()->publish();
+  }
+  while (pool.size() < 2 * count) pool.push_back(new GpuThread(thread_body));
   block->threads.assign(pool.begin(), pool.begin() + count);
   pool.erase(pool.begin(), pool.begin() + count);
   bool const descending = options().schedule == Schedule::reversed;
@@ -164,6 +169,7 @@ std::unique_ptr<Block> start_block(uint64_t number) {
     thread.owner = block.get();
     thread.state = State::ready;
     thread.where = Location();
+    thread.barriers_met = 0;
     thread.copy_group = 0;
     thread.copies.clear();
   }
@@ -212,7 +218,7 @@ void run_warp(Block& block, unsigned index) {
       enter(thread);  // clears progress when it only spun
       again |= run_state.progress;
       run_state.progress |= before;
-      if (run_state.failed) return;
+      if (run_state.failed || std::exchange(run_state.leave_warp, false)) return;
     }
     if (shuffled() && run_state.random.below(8) == 0) return;
   }
@@ -338,6 +344,9 @@ bool run(const Launch& launch) {
   release(&run_state.launch_tag);
   run_blocks();
   acquire(&run_state.exit_tag);
+  if (size_t const bytes = device_overrun(); bytes && !run_state.failed)
+    keep_failure(text_of("a launch of %s blocks of %s threads wrote behind the end of device memory of %zu bytes",
+                         name_of({grid_dim.x, grid_dim.y, grid_dim.z}).c_str(), name_of({block_dim.x, block_dim.y, block_dim.z}).c_str(), bytes));
   return !run_state.failed;
 }
 
@@ -355,15 +364,17 @@ namespace {
 
 // The thread comes to a barrier. True when that opens it.
 bool come(Barrier& barrier, int id, unsigned threads, Location where) {
-  const GpuThread& thread = running();
+  GpuThread& thread = running();
   const Block& block = *thread.owner;
   if (id < 0 || id > 15) fail(where, "barrier %d: there are 0 to 15", id);
   if (threads % warp_lanes != 0) fail(where, "barrier %d of %u threads: not a multiple of 32", id, threads);
   if (threads > block.threads.size()) fail(where, "barrier %d of %u threads in a block of %zu", id, threads, block.threads.size());
-  uint32_t const gone = block.warps[thread.linear / warp_lanes].absent;
+  ++thread.barriers_met;
   size_t const warp_begin = thread.linear / warp_lanes * warp_lanes;
-  uint32_t const never = block.threads.size() - warp_begin >= warp_lanes ? 0 : ~0u << (block.threads.size() - warp_begin);
-  if (gone & ~never) fail(where, "a barrier in a warp of which lanes %08x have exited", gone & ~never);
+  size_t const warp_end = std::min(warp_begin + warp_lanes, block.threads.size());
+  for (size_t other = warp_begin; other < warp_end; ++other)
+    if (block.threads[other]->state == State::finished && block.threads[other]->barriers_met < thread.barriers_met)
+      fail(where, "a barrier that lane %zu of this warp will never come to: it has exited", other - warp_begin);
   if (barrier.arrived && barrier.expected != threads)
     fail(where, "barrier %d of %u threads, while others wait at it as one of %u, %s", id, threads, barrier.expected, position(barrier.where).c_str());
   if (threads == 0 && barrier.arrived && (barrier.where.line() != where.line() || std::strcmp(barrier.where.file_name(), where.file_name()) != 0))
@@ -395,6 +406,10 @@ void barrier_arrive(int id, unsigned threads, Location where) {
   if (threads == 0) fail(where, "barrier %d: who only arrives says how many threads it is for", id);
   release(&barrier.order_tags[barrier.generation % 2]);
   if (come(barrier, id, threads, where)) open_barrier(*running().owner, id);
+  // Whoever it lets through may be faster than the rest of this warp.
+  if (options().schedule == Schedule::forward) return;
+  run_state.leave_warp = true;
+  pause();
 }
 
 void collective(Operation operation, uint32_t mask, void* operand, Location where, bool orders_memory) {
@@ -440,7 +455,7 @@ void collective(Operation operation, uint32_t mask, void* operand, Location wher
 
 void* dynamic_shared(Location where) {
   for (const auto& region : running().owner->shared)
-    if (!region->key()) return region->memory();
+    if (!region->key()) return region->claim();
   fail(where, "the launch gave this kernel no dynamic shared memory");
   return nullptr;
 }

@@ -46,7 +46,7 @@ struct Queue {
   std::set<CUstream_st*> streams{&default_stream};
   int capturing = 0;
   bool failed = false;  // a kernel broke a rule
-  Random random{1};
+  Random random{options().seed};
 
   CUstream_st* stream(cudaStream_t handle) {
     bool const is_default = !handle || handle == cudaStreamLegacy || handle == cudaStreamPerThread;

@@ -12,8 +12,8 @@ couplet_status status_of(cudaError_t error, couplet_report* report, const char* 
   couplet_status const status = error == cudaErrorMemoryAllocation ? COUPLET_OUT_OF_MEMORY : COUPLET_DEVICE_ERROR;
   // An error of a call, such as this one, is also kept for the next cudaGetLastError: taken, so that nobody meets it again.
   cudaGetLastError();
-  return fail(report, status, {.native_code = static_cast<int32_t>(error)}, "%s failed with %s: %s", what, cudaGetErrorName(error),
-              cudaGetErrorString(error));
+  return fail(report, status, {.native_code = static_cast<int32_t>(error)}, "%s failed with %s: %s", what,
+              cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
 namespace {
@@ -94,11 +94,12 @@ extern "C" __attribute__((visibility("default"))) const couplet_backend* couplet
   cudaRuntimeGetVersion(&runtime);
   // Without a driver, too, CUDA says that it is insufficient: its version is 0 then.
   if (error == cudaErrorInsufficientDriver && driver == 0)
-    fail(report, COUPLET_BACKEND_UNAVAILABLE, {.native_code = static_cast<int32_t>(error)}, "This machine has no NVIDIA driver");
+    fail(report, COUPLET_BACKEND_UNAVAILABLE, {.native_code = static_cast<int32_t>(error)},
+         "This machine has no NVIDIA driver");
   else if (error == cudaErrorInsufficientDriver)
     fail(report, COUPLET_BACKEND_UNAVAILABLE, {.native_code = static_cast<int32_t>(error)},
-         "The NVIDIA driver is too old: it knows CUDA %d.%d, and this build of couplet needs %d.%d", driver / 1000, driver % 1000 / 10,
-         runtime / 1000, runtime % 1000 / 10);
+         "The NVIDIA driver is too old: it knows CUDA %d.%d, and this build of couplet needs %d.%d", driver / 1000,
+         driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
   else
     fail(report, COUPLET_BACKEND_UNAVAILABLE, {.native_code = static_cast<int32_t>(error)}, "CUDA finds no device: %s",
          cudaGetErrorName(error == cudaSuccess ? cudaErrorNoDevice : error));

@@ -24,8 +24,10 @@ namespace gpu {
 template <class T>
 using Same = T;
 #ifdef GPU_SIM
-#define GPU_SHARED(name, ...) ::gpu::Same<__VA_ARGS__>& name = ::gpu::shared_variable<__VA_ARGS__>([] {}, ::sim::Location::current())
-#define GPU_DYNAMIC_SHARED(type, name) auto* const name = static_cast<::gpu::Same<type>*>(::sim::dynamic_shared(::sim::Location::current()))
+#define GPU_SHARED(name, ...) \
+  ::gpu::Same<__VA_ARGS__>& name = ::gpu::shared_variable<__VA_ARGS__>([] {}, ::sim::Location::current())
+#define GPU_DYNAMIC_SHARED(type, name) \
+  auto* const name = static_cast<::gpu::Same<type>*>(::sim::dynamic_shared(::sim::Location::current()))
 template <class T, class PerDeclaration>
 T& shared_variable(PerDeclaration, sim::Location where) {
   static char const key = 0;
@@ -33,8 +35,8 @@ T& shared_variable(PerDeclaration, sim::Location where) {
 }
 #else
 #define GPU_SHARED(name, ...) __shared__ ::gpu::Same<__VA_ARGS__> name
-#define GPU_DYNAMIC_SHARED(type, name)                                     \
-  extern __shared__ __align__(128) unsigned char gpu_dynamic_shared[];     \
+#define GPU_DYNAMIC_SHARED(type, name)                                 \
+  extern __shared__ __align__(128) unsigned char gpu_dynamic_shared[]; \
   auto* const name = reinterpret_cast<::gpu::Same<type>*>(gpu_dynamic_shared)
 #endif
 
@@ -48,7 +50,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   static_assert((std::is_trivially_copyable_v<Parameters> && ...), "kernels take plain values and structs");
   static_assert((sizeof(Parameters) + ... + 0) <= most_argument_bytes);
 #ifdef GPU_SIM
-  return sim::enqueue(kernel, grid, block, shared_bytes, stream, static_cast<Parameters>(static_cast<Arguments&&>(arguments))...);
+  return sim::enqueue(kernel, grid, block, shared_bytes, stream,
+                      static_cast<Parameters>(static_cast<Arguments&&>(arguments))...);
 #else
   if (shared_bytes > default_shared_bytes) {
     cudaError_t const refused =
@@ -76,18 +79,19 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 // d += a b, with a 16 x 16, b 16 x 8, d 16 x 8. In lane l, with g = l / 4 and q = 2 (l % 4), low half of a register first:
 //   a[r]: row g + 8 (r % 2), columns q + 8 (r / 2) and the next     b[r]: rows q + 8 r and the next, column g
 //   d[r]: row g + 8 (r / 2), column q + r % 2
-__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] GPU_WHERE) {
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2] GPU_WHERE) {
 #ifdef GPU_SIM
   sim::mma_m16n8k16(sim::Float16::half, d, a, b, where);
 #else
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
-__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] GPU_WHERE) {
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2] GPU_WHERE) {
 #ifdef GPU_SIM
   sim::mma_m16n8k16(sim::Float16::bfloat, d, a, b, where);
 #else
@@ -113,26 +117,38 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&registers)[Count], const voi
   int const minor = sim::lane() % 4 * 2;
   for (int matrix = 0; matrix < Count; ++matrix) {
     auto const at = [&](int y, int x) { return uint32_t{static_cast<const uint16_t*>(rows[matrix * 8 + y])[x]}; };
-    registers[matrix] = Transposed ? at(minor, major) | at(minor + 1, major) << 16 : at(major, minor) | at(major, minor + 1) << 16;
+    registers[matrix] =
+        Transposed ? at(minor, major) | at(minor + 1, major) << 16 : at(major, minor) | at(major, minor + 1) << 16;
   }
 #else
   auto const address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   if constexpr (Count == 1 && !Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(registers[0]) : "r"(address) : "memory");
   if constexpr (Count == 1 && Transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(registers[0]) : "r"(address) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(registers[0])
+                 : "r"(address)
+                 : "memory");
   if constexpr (Count == 2 && !Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(registers[0]), "=r"(registers[1]) : "r"(address) : "memory");
+                 : "=r"(registers[0]), "=r"(registers[1])
+                 : "r"(address)
+                 : "memory");
   if constexpr (Count == 2 && Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(registers[0]), "=r"(registers[1]) : "r"(address) : "memory");
+                 : "=r"(registers[0]), "=r"(registers[1])
+                 : "r"(address)
+                 : "memory");
   if constexpr (Count == 4 && !Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3]) : "r"(address) : "memory");
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(address)
+                 : "memory");
   if constexpr (Count == 4 && Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3]) : "r"(address) : "memory");
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(address)
+                 : "memory");
 #endif
 }
 
@@ -156,16 +172,21 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, int s
 #ifdef GPU_SIM
   if (reinterpret_cast<uintptr_t>(shared) % Bytes != 0 || !sim::is_shared(shared, Bytes))
     sim::fail(where, "cp.async: the target %p is not %d aligned bytes of shared memory", shared, Bytes);
-  if (reinterpret_cast<uintptr_t>(global) % Bytes != 0) sim::fail(where, "cp.async: the source %p is not aligned to %d bytes", global, Bytes);
-  if (source_bytes < 0 || source_bytes > Bytes) sim::fail(where, "cp.async: %d source bytes of %d", source_bytes, Bytes);
+  if (reinterpret_cast<uintptr_t>(global) % Bytes != 0)
+    sim::fail(where, "cp.async: the source %p is not aligned to %d bytes", global, Bytes);
+  if (source_bytes < 0 || source_bytes > Bytes)
+    sim::fail(where, "cp.async: %d source bytes of %d", source_bytes, Bytes);
   sim::AsyncCopy const copy{shared, global, Bytes, static_cast<unsigned>(source_bytes), 0};
   if (sim::async_copy_lands_now(copy)) sim::land(copy);
 #else
   auto const address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   if constexpr (Bytes == 16)
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(source_bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(source_bytes)
+                 : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(Bytes), "r"(source_bytes) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(Bytes),
+                 "r"(source_bytes)
+                 : "memory");
 #endif
 }
 
@@ -247,12 +268,14 @@ __device__ __forceinline__ void store_release(uint32_t* address, uint32_t value)
 // 16 bytes that are read once and that no thread of the launch writes: past L1, 128 bytes at a time into L2.
 __device__ __forceinline__ uint4 load_once_16(const void* address GPU_WHERE) {
 #ifdef GPU_SIM
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) sim::fail(where, "load_once_16: %p is not aligned to 16 bytes", address);
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+    sim::fail(where, "load_once_16: %p is not aligned to 16 bytes", address);
   return *static_cast<const uint4*>(address);
 #else
   uint4 value;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(address));
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
   return value;
 #endif
 }
@@ -336,7 +359,8 @@ __device__ __forceinline__ uint32_t cvt_f16x2(float low, float high) {
 
 __device__ __forceinline__ uint32_t cvt_bf16x2(float low, float high) {
 #ifdef GPU_SIM
-  return __bfloat16_as_ushort(__float2bfloat16_rn(low)) | static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
+  return __bfloat16_as_ushort(__float2bfloat16_rn(low)) |
+         static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
 #else
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

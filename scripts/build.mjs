@@ -4,8 +4,9 @@
 //
 // CMake works in --out (build-cmake/<config>); couplet.node is then copied to --to (build/<config>), where node-gyp-build
 // and prebuildify look for it. A build with an --out of its own keeps its addon there: COUPLET_PREBUILD=<out> loads it.
+// COUPLET_GPU (or -DGPU=) says which backends are built and put beside the addon: OFF, CUDA, AUTO or SIM (CMakeLists.txt).
 import { spawnSync } from 'node:child_process'
-import { copyFileSync, existsSync, mkdirSync, readFileSync, renameSync } from 'node:fs'
+import { copyFileSync, existsSync, mkdirSync, readFileSync, renameSync, rmSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { availableParallelism } from 'node:os'
 import { delimiter, dirname, join, resolve } from 'node:path'
@@ -25,31 +26,45 @@ const definitions = new Map([
   ['COUPLET_ADDON', 'ON'],
   ['COUPLET_TESTS', 'OFF'],
   ['COUPLET_BENCH', 'OFF'],
+  ['GPU', process.env.COUPLET_GPU ?? 'OFF'],
   ['SANITIZE', ''],
 ])
-if (onPath('ccache')) definitions.set('CMAKE_CXX_COMPILER_LAUNCHER', 'ccache')
 for (const argument of positionals) {
   const [, name, value] = /^-D(\w+)(?::\w+)?=(.*)$/s.exec(argument) ?? []
   if (name === undefined) fail(`Expected -DNAME=VALUE after -- but received ${argument}`)
   definitions.set(name, value)
 }
+if (onPath('ccache')) {
+  definitions.set('CMAKE_CXX_COMPILER_LAUNCHER', 'ccache')
+  if (/^(CUDA|AUTO)$/.test(definitions.get('GPU'))) definitions.set('CMAKE_CUDA_COMPILER_LAUNCHER', 'ccache')
+}
 
 const require = createRequire(import.meta.url)
 const cmakeJs = join(dirname(require.resolve('cmake-js/package.json')), 'bin', 'cmake-js')
-const place = ['--directory', root, '--out', out, '--config', config, '--log-level', 'warn']
+const common = ['--directory', root, '--out', out, '--config', config, '--log-level', 'warn']
 const generator = earlierGenerator()
+
+// A backend of an earlier build must not stay beside this one's addon.
+const backends = ['libcouplet_cuda.so', 'libcouplet_sim.so']
+for (const library of backends) rmSync(join(out, library), { force: true })
 
 // `configure` then `build`, never `compile`: after a compile error that one deletes everything and starts again.
 cmake('configure', generator ? ['--generator', generator] : [], [...definitions].map(([name, value]) => `-D${name}=${value}`))
 cmake('build', ['--parallel', process.env.JOBS ?? String(availableParallelism()), ...(values.target ? ['--target', values.target] : [])])
 
-const built = join(out, 'couplet.node')
-if (definitions.get('COUPLET_ADDON') === 'ON' && existsSync(built)) {
+if (definitions.get('COUPLET_ADDON') === 'ON') {
+  for (const file of ['couplet.node', ...backends]) {
+    if (existsSync(join(out, file))) place(file)
+    else if (!values.target) rmSync(join(to, file), { force: true })
+  }
+}
+
+// Renamed into place: a process that has the old file mapped keeps it whole.
+function place(file) {
   mkdirSync(to, { recursive: true })
-  // Renamed into place: a process that has the old file mapped keeps it whole.
-  const partial = join(to, `couplet.node.${process.pid}.partial`)
-  copyFileSync(built, partial)
-  renameSync(partial, join(to, 'couplet.node'))
+  const partial = join(to, `${file}.${process.pid}.partial`)
+  copyFileSync(join(out, file), partial)
+  renameSync(partial, join(to, file))
 }
 
 function cmake(command, options, rest = []) {
@@ -57,7 +72,7 @@ function cmake(command, options, rest = []) {
   delete env.MAKEFLAGS // under node-gyp, make exports its own job server
   delete env.MFLAGS
   env.CCACHE_BASEDIR ??= root // one cache for all clones
-  const argv = [cmakeJs, command, ...place, ...options, ...(rest.length > 0 ? ['--', ...rest] : [])]
+  const argv = [cmakeJs, command, ...common, ...options, ...(rest.length > 0 ? ['--', ...rest] : [])]
   const { status, error } = spawnSync(process.execPath, argv, { stdio: 'inherit', env, cwd: root })
   if (error) throw error
   if (status !== 0) process.exit(status ?? 1)

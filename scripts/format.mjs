@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { root, step } from './setup.mjs'
 
 const check = process.argv.includes('--check')
-const sources = ['native', 'test/native', 'bench/native'].flatMap((folder) => cppFiles(join(root, folder)))
+const sources = ['native', 'cuda', 'test/native', 'test/gpu', 'test/sim', 'bench/native', 'bench/cuda'].flatMap((folder) => cppFiles(join(root, folder)))
 step(check ? 'clang-format' : 'formatting C++', clangFormat(), [...(check ? ['--dry-run', '-Werror'] : ['-i']), ...sources])
 const eslint = ['node_modules/eslint/bin/eslint.js', '.', '--max-warnings', '0', ...(check ? [] : ['--fix'])]
 step(check ? 'eslint' : 'formatting TypeScript', process.execPath, eslint)
@@ -17,7 +17,7 @@ function cppFiles(folder) {
   } catch {
     return []
   }
-  return names.filter((name) => /\.(h|cc)$/.test(name)).map((name) => join(folder, name))
+  return names.filter((name) => /\.(h|cc|cu)$/.test(name)).map((name) => join(folder, name))
 }
 
 // Other versions lay the same style out differently.

@@ -1,43 +1,67 @@
-// Builds the programs of test/native and runs each of them: one program, one test.
+// Builds the native test programs and runs them.
 //
-//   node scripts/native-tests.mjs [--config Release] [--out DIR] [--under "qemu-aarch64 -L ..."] [-- -DNAME=VALUE ...]
+//   node scripts/native-tests.mjs [--config Release] [--out DIR] [--under "qemu-aarch64 -L ..."] [--only NAME] [-- -DNAME=VALUE ...]
 //
+// Each of test/native and test/sim is one test. Each of test/gpu is one in every schedule of the simulator (COUPLET_SIM_SEEDS
+// shuffled ones, by default 3), and one more on a GPU, where the build has nvcc (COUPLET_GPU=CUDA) and the machine has the other.
 // The last line is `N passed, N failed`.
 import { spawnSync } from 'node:child_process'
-import { readdirSync } from 'node:fs'
-import { basename, join, resolve } from 'node:path'
+import { existsSync, readdirSync } from 'node:fs'
+import { join, parse, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import { root, step } from './setup.mjs'
 
 /** @returns {{ passed: number, failed: number }} */
-export function nativeTests({ config = 'Release', out, under = '', definitions = [] } = {}) {
+export function nativeTests({ config = 'Release', out, under = '', only, definitions = [] } = {}) {
   const place = ['--config', config, ...(out ? ['--out', out] : [])]
-  const build = ['scripts/build.mjs', ...place, '--', '-DCOUPLET_TESTS=ON', '-DCOUPLET_WERROR=ON', ...definitions]
+  const gpu = process.env.COUPLET_GPU ?? 'SIM'
+  const build = ['scripts/build.mjs', ...place, '--', '-DCOUPLET_TESTS=ON', '-DCOUPLET_WERROR=ON', `-DGPU=${gpu}`, ...definitions]
   step('building the addon and the native tests', process.execPath, build)
   const folder = resolve(root, out ?? join('build-cmake', config))
   const [launcher, ...prefix] = under.split(' ').filter(Boolean)
+  const env = { ...process.env, COUPLET_TEST_LAUNCHER: under }
   let passed = 0
   let failed = 0
-  for (const source of readdirSync(join(root, 'test', 'native')).filter((name) => name.endsWith('_test.cc')).sort()) {
-    const name = basename(source, '.cc')
-    console.log(`\n> ${name}`)
-    const program = join(folder, name)
-    const [command, argv] = launcher ? [launcher, [...prefix, program]] : [program, []]
-    const { status, signal, error } = spawnSync(command, argv, { stdio: 'inherit', cwd: root })
+  for (const { program, schedule } of programs(folder)) {
+    if (only && !program.startsWith(only)) continue
+    const title = schedule ? `${program}, ${schedule}` : program
+    console.log(`\n> ${title}`)
+    const path = join(folder, program)
+    const [command, argv] = launcher ? [launcher, [...prefix, path]] : [path, []]
+    const options = { stdio: 'inherit', cwd: root, env: schedule ? { ...env, COUPLET_SIM_SCHEDULE: schedule } : env }
+    const { status, signal, error } = spawnSync(command, argv, options)
     if (status === 0) passed++
     else {
       failed++
-      console.error(`FAILED: ${name} (${error?.message ?? signal ?? `exit status ${status}`})`)
+      console.error(`FAILED: ${title} (${error?.message ?? signal ?? `exit status ${status}`})`)
     }
   }
-  if (passed + failed === 0) throw new Error('test/native holds no test')
+  if (passed + failed === 0) throw new Error('no test ran')
   return { passed, failed }
+}
+
+function programs(folder) {
+  const names = (place) => readdirSync(join(root, 'test', place)).filter((name) => /_test\.(cc|cu)$/.test(name)).sort().map((name) => parse(name).name)
+  const list = names('native').map((program) => ({ program }))
+  if (existsSync(join(folder, 'libcouplet_sim.so'))) {
+    const seeds = Number(process.env.COUPLET_SIM_SEEDS ?? 3)
+    const schedules = ['forward', 'reversed', ...Array.from({ length: seeds }, (_, index) => `shuffled:${index + 1}`)]
+    list.push(...names('sim').map((program) => ({ program })))
+    list.push(...names('gpu').flatMap((name) => schedules.map((schedule) => ({ program: `${name}_sim`, schedule }))))
+  } else {
+    console.log("\nNOT RUN: test/sim and test/gpu in the simulator (it is not built here: COUPLET_GPU=OFF, or there are no CUDA headers)")
+  }
+  if (existsSync(join(folder, 'libcouplet_cuda.so'))) {
+    if (existsSync('/dev/nvidiactl')) list.push(...names('gpu').map((name) => ({ program: `${name}_cuda` })))
+    else console.log('\nNOT RUN: test/gpu on a GPU (there is none)')
+  }
+  return list
 }
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const text = { type: 'string' }
-  const { values, positionals } = parseArgs({ options: { config: text, out: text, under: text }, allowPositionals: true })
+  const { values, positionals } = parseArgs({ options: { config: text, out: text, under: text, only: text }, allowPositionals: true })
   const { passed, failed } = nativeTests({ ...values, definitions: positionals })
   console.log(`\n${passed} passed, ${failed} failed`)
   process.exitCode = failed > 0 ? 1 : 0

@@ -30,7 +30,8 @@ void do_shuffle(void* const* operands, uint32_t mask, Location where) {
   each_lane(mask, [&](int lane) {
     auto& own = operand_of<Shuffle>(operands, lane);
     if (own.source < 0) return;
-    if (!(mask >> own.source & 1)) return fail(where, "lane %d reads lane %d, which is not in the mask %08x", lane, own.source, mask);
+    if (!(mask >> own.source & 1))
+      return fail(where, "lane %d reads lane %d, which is not in the mask %08x", lane, own.source, mask);
     own.received = operand_of<Shuffle>(operands, own.source).given;
   });
 }
@@ -79,7 +80,9 @@ void do_match(void* const* operands, uint32_t mask, Location) {
   each_lane(mask, [&](int lane) {
     auto& own = operand_of<Match>(operands, lane);
     own.equal = 0;
-    each_lane(mask, [&](int other) { own.equal |= uint32_t{operand_of<Match>(operands, other).value == own.value} << other; });
+    each_lane(mask, [&](int other) {
+      own.equal |= uint32_t{operand_of<Match>(operands, other).value == own.value} << other;
+    });
   });
 }
 
@@ -92,7 +95,8 @@ struct Gather {
 
 void do_gather(void* const* operands, uint32_t mask, Location) {
   each_lane(mask, [&](int lane) {
-    for (int from = 0; from < 32; ++from) operand_of<Gather>(operands, lane).addresses[from] = operand_of<Gather>(operands, from).address;
+    for (int from = 0; from < 32; ++from)
+      operand_of<Gather>(operands, lane).addresses[from] = operand_of<Gather>(operands, from).address;
   });
 }
 
@@ -116,7 +120,8 @@ struct Mma {
 const float* half_values() {
   static std::unique_ptr<float[]> const values = [] {
     auto table = std::make_unique<float[]>(1 << 16);
-    for (uint32_t bits = 0; bits < 1 << 16; ++bits) table[bits] = __half2float(__half(__half_raw{static_cast<uint16_t>(bits)}));
+    for (uint32_t bits = 0; bits < 1 << 16; ++bits)
+      table[bits] = __half2float(__half(__half_raw{static_cast<uint16_t>(bits)}));
     return table;
   }();
   return values.get();

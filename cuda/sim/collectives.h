@@ -12,7 +12,19 @@ int lane();
 // The value of lane `source`, or the lane's own when `source` is negative.
 uint64_t shuffle(uint32_t mask, uint64_t value, int source, Location where);
 
-enum class Reduction { any, all, ballot, add, minimum, maximum, minimum_signed, maximum_signed, bit_and, bit_or, bit_xor };
+enum class Reduction {
+  any,
+  all,
+  ballot,
+  add,
+  minimum,
+  maximum,
+  minimum_signed,
+  maximum_signed,
+  bit_and,
+  bit_or,
+  bit_xor
+};
 uint32_t reduce(Reduction reduction, uint32_t mask, uint32_t value, Location where);
 uint32_t match_any(uint32_t mask, uint64_t value, Location where);
 

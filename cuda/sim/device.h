@@ -81,21 +81,33 @@ inline int __any_sync(unsigned mask, int predicate, SIM_WHERE) {
 inline int __all_sync(unsigned mask, int predicate, SIM_WHERE) {
   return static_cast<int>(sim::reduce(sim::Reduction::all, mask, predicate != 0, where));
 }
-inline unsigned __reduce_add_sync(unsigned mask, unsigned value, SIM_WHERE) { return sim::reduce(sim::Reduction::add, mask, value, where); }
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, SIM_WHERE) {
+  return sim::reduce(sim::Reduction::add, mask, value, where);
+}
 inline int __reduce_add_sync(unsigned mask, int value, SIM_WHERE) {
   return static_cast<int>(sim::reduce(sim::Reduction::add, mask, static_cast<unsigned>(value), where));
 }
-inline unsigned __reduce_min_sync(unsigned mask, unsigned value, SIM_WHERE) { return sim::reduce(sim::Reduction::minimum, mask, value, where); }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value, SIM_WHERE) {
+  return sim::reduce(sim::Reduction::minimum, mask, value, where);
+}
 inline int __reduce_min_sync(unsigned mask, int value, SIM_WHERE) {
   return static_cast<int>(sim::reduce(sim::Reduction::minimum_signed, mask, static_cast<unsigned>(value), where));
 }
-inline unsigned __reduce_max_sync(unsigned mask, unsigned value, SIM_WHERE) { return sim::reduce(sim::Reduction::maximum, mask, value, where); }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, SIM_WHERE) {
+  return sim::reduce(sim::Reduction::maximum, mask, value, where);
+}
 inline int __reduce_max_sync(unsigned mask, int value, SIM_WHERE) {
   return static_cast<int>(sim::reduce(sim::Reduction::maximum_signed, mask, static_cast<unsigned>(value), where));
 }
-inline unsigned __reduce_and_sync(unsigned mask, unsigned value, SIM_WHERE) { return sim::reduce(sim::Reduction::bit_and, mask, value, where); }
-inline unsigned __reduce_or_sync(unsigned mask, unsigned value, SIM_WHERE) { return sim::reduce(sim::Reduction::bit_or, mask, value, where); }
-inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, SIM_WHERE) { return sim::reduce(sim::Reduction::bit_xor, mask, value, where); }
+inline unsigned __reduce_and_sync(unsigned mask, unsigned value, SIM_WHERE) {
+  return sim::reduce(sim::Reduction::bit_and, mask, value, where);
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value, SIM_WHERE) {
+  return sim::reduce(sim::Reduction::bit_or, mask, value, where);
+}
+inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, SIM_WHERE) {
+  return sim::reduce(sim::Reduction::bit_xor, mask, value, where);
+}
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value, SIM_WHERE) {
   uint64_t bits = 0;
@@ -120,17 +132,29 @@ T atomic_update(T* address, Update update) {
 }  // namespace sim
 
 template <sim::AtomicInteger T>
-T atomicAdd(T* address, std::type_identity_t<T> value) { return sim::atomic_update(address, [=](T old) { return old + value; }); }
+T atomicAdd(T* address, std::type_identity_t<T> value) {
+  return sim::atomic_update(address, [=](T old) { return old + value; });
+}
 template <sim::AtomicInteger T>
-T atomicMin(T* address, std::type_identity_t<T> value) { return sim::atomic_update(address, [=](T old) { return old < value ? old : value; }); }
+T atomicMin(T* address, std::type_identity_t<T> value) {
+  return sim::atomic_update(address, [=](T old) { return old < value ? old : value; });
+}
 template <sim::AtomicInteger T>
-T atomicMax(T* address, std::type_identity_t<T> value) { return sim::atomic_update(address, [=](T old) { return old > value ? old : value; }); }
+T atomicMax(T* address, std::type_identity_t<T> value) {
+  return sim::atomic_update(address, [=](T old) { return old > value ? old : value; });
+}
 template <sim::AtomicInteger T>
-T atomicAnd(T* address, std::type_identity_t<T> value) { return sim::atomic_update(address, [=](T old) { return old & value; }); }
+T atomicAnd(T* address, std::type_identity_t<T> value) {
+  return sim::atomic_update(address, [=](T old) { return old & value; });
+}
 template <sim::AtomicInteger T>
-T atomicOr(T* address, std::type_identity_t<T> value) { return sim::atomic_update(address, [=](T old) { return old | value; }); }
+T atomicOr(T* address, std::type_identity_t<T> value) {
+  return sim::atomic_update(address, [=](T old) { return old | value; });
+}
 template <sim::AtomicInteger T>
-T atomicExch(T* address, std::type_identity_t<T> value) { return sim::atomic_update(address, [=](T) { return value; }); }
+T atomicExch(T* address, std::type_identity_t<T> value) {
+  return sim::atomic_update(address, [=](T) { return value; });
+}
 template <sim::AtomicInteger T>
 T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
   return sim::atomic_update(address, [=](T old) { return old == expected ? value : old; });
@@ -148,17 +172,29 @@ inline void land(const AsyncCopy& copy) {
 
 // ---- loads with cache hints ----------------------------------------------------------------------------------------------
 template <class T>
-T __ldg(const T* address) { return *address; }
+T __ldg(const T* address) {
+  return *address;
+}
 template <class T>
-T __ldca(const T* address) { return *address; }
+T __ldca(const T* address) {
+  return *address;
+}
 template <class T>
-T __ldcg(const T* address) { return *address; }
+T __ldcg(const T* address) {
+  return *address;
+}
 template <class T>
-T __ldcs(const T* address) { return *address; }
+T __ldcs(const T* address) {
+  return *address;
+}
 template <class T>
-void __stcg(T* address, std::type_identity_t<T> value) { *address = value; }
+void __stcg(T* address, std::type_identity_t<T> value) {
+  *address = value;
+}
 template <class T>
-void __stcs(T* address, std::type_identity_t<T> value) { *address = value; }
+void __stcs(T* address, std::type_identity_t<T> value) {
+  *address = value;
+}
 
 // ---- bits ----------------------------------------------------------------------------------------------------------------
 inline int __popc(unsigned value) { return std::popcount(value); }
@@ -189,7 +225,8 @@ inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
 }
 inline unsigned __umulhi(unsigned left, unsigned right) { return static_cast<unsigned>(uint64_t{left} * right >> 32); }
 inline int __dp4a(int left, int right, int sum) {
-  for (int byte = 0; byte < 4; ++byte) sum += static_cast<int8_t>(left >> (8 * byte)) * static_cast<int8_t>(right >> (8 * byte));
+  for (int byte = 0; byte < 4; ++byte)
+    sum += static_cast<int8_t>(left >> (8 * byte)) * static_cast<int8_t>(right >> (8 * byte));
   return sum;
 }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }

@@ -95,7 +95,8 @@ couplet_sim_switch:
 namespace sim {
 namespace {
 
-constexpr size_t stack_bytes = 256 << 10;  // touched lazily; instrumented kernels keep several copies of their registers in it
+constexpr size_t stack_bytes =
+    256 << 10;  // touched lazily; instrumented kernels keep several copies of their registers in it
 
 // The thread that enters fibers. Launches are serialized by the scheduler's lock, so one of each is enough.
 void* scheduler_stack_pointer;
@@ -129,7 +130,8 @@ void begin() {
 
 Fiber::Fiber(void (*body)()) : body_(body) {
   size_t const guard = page_bytes();
-  void* const mapping = mmap(nullptr, stack_bytes + guard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* const mapping =
+      mmap(nullptr, stack_bytes + guard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
   mprotect(mapping, guard, PROT_NONE);
   stack_ = static_cast<std::byte*>(mapping) + guard;
@@ -163,7 +165,8 @@ void Fiber::prepare() {
   std::byte* const top = stack_ + stack_bytes;
   auto const entry = reinterpret_cast<void*>(&begin);
 #if defined(__x86_64__)
-  constexpr size_t frame_bytes = 8 * sizeof(void*);  // six registers, the return address, an empty slot for the caller's
+  constexpr size_t frame_bytes =
+      8 * sizeof(void*);  // six registers, the return address, an empty slot for the caller's
   constexpr size_t entry_slot = 6;
 #else
   constexpr size_t frame_bytes = 160;

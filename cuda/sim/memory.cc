@@ -80,7 +80,8 @@ bool SharedRegion::holds(const void* address, size_t bytes) const {
 }
 
 bool SharedRegion::intact() const {
-  return intact_margin(mapping_, shared_margin) && intact_margin(memory_ + bytes_, mapping_bytes_ - shared_margin - bytes_);
+  return intact_margin(mapping_, shared_margin) &&
+         intact_margin(memory_ + bytes_, mapping_bytes_ - shared_margin - bytes_);
 }
 
 void SharedRegion::publish() { release(&tag_); }
@@ -102,10 +103,10 @@ struct Arena {
   std::byte* base = nullptr;
   size_t capacity = 0;
   size_t used = 0;
-  size_t high_water = 0;                  // nothing beyond was ever handed out
-  int open = 0;                           // DeviceMemoryOpen alive
-  std::map<size_t, size_t> free;          // offset -> bytes, neighbours merged
-  std::map<size_t, size_t> blocks;        // offset -> bytes asked for
+  size_t high_water = 0;            // nothing beyond was ever handed out
+  int open = 0;                     // DeviceMemoryOpen alive
+  std::map<size_t, size_t> free;    // offset -> bytes, neighbours merged
+  std::map<size_t, size_t> blocks;  // offset -> bytes asked for
 
   Arena() {
     void* const mapping = mmap(nullptr, arena_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -137,7 +138,8 @@ void* allocate_device(size_t bytes) {
   std::lock_guard const lock(arena.mutex);
   size_t const needed = block_bytes(bytes);
   if (bytes == 0 || needed < bytes) return nullptr;
-  auto const place = std::find_if(arena.free.begin(), arena.free.end(), [&](const auto& range) { return range.second >= needed; });
+  auto const place =
+      std::find_if(arena.free.begin(), arena.free.end(), [&](const auto& range) { return range.second >= needed; });
   if (place == arena.free.end()) return nullptr;
   auto const [offset, room] = *place;
   arena.free.erase(place);
@@ -161,7 +163,8 @@ Released release_device(void* memory) {
   DeviceMemoryOpen const open;
   std::lock_guard const lock(arena.mutex);
   auto const* const address = static_cast<std::byte*>(memory);
-  auto const block = address < arena.base ? arena.blocks.end() : arena.blocks.find(static_cast<size_t>(address - arena.base));
+  auto const block =
+      address < arena.base ? arena.blocks.end() : arena.blocks.find(static_cast<size_t>(address - arena.base));
   if (block == arena.blocks.end()) return Released::unknown;
   auto const [offset, bytes] = *block;
   size_t const length = block_bytes(bytes);

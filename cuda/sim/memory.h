@@ -32,9 +32,14 @@ class SharedRegion {
 
 // Device memory (cudaMalloc), COUPLET_SIM_MEMORY bytes of it, or 4 GB. NULL when `bytes` is 0 or the device is full.
 void* allocate_device(size_t bytes);
-enum class Released { sound, overrun /* somebody wrote behind its end */, unknown /* never allocated, or released before */ };
+enum class Released {
+  sound,
+  overrun /* somebody wrote behind its end */,
+  unknown /* never allocated, or released before */
+};
 Released release_device(void* memory);
-size_t device_overrun();  // bytes of an allocation behind whose end somebody wrote; 0 when there is none. Device memory is open
+size_t
+device_overrun();  // bytes of an allocation behind whose end somebody wrote; 0 when there is none. Device memory is open
 bool is_device(const void* address);
 size_t device_bytes_free();
 size_t device_bytes_total();

@@ -56,7 +56,8 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, 
   bool const later = (is_device(to) || is_pinned(to)) && (is_device(from) || is_pinned(from));
   if (later) return enqueue_work(stream, [=] { return move(to, from, bytes); });
   if (is_device(to)) {
-    auto const staged = std::make_shared<std::vector<char>>(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
+    auto const staged =
+        std::make_shared<std::vector<char>>(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
     return enqueue_work(stream, [=] { return move(to, staged->data(), bytes); });
   }
   if (cudaError_t const refused = refuse_in_capture()) return refused;
@@ -80,12 +81,15 @@ constexpr NamedError named_errors[] = {
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
-    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
-    {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
+    {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated",
+     "operation failed due to a previous error during capture"},
 };
 
 const NamedError* find(cudaError_t error) {
-  auto const* const found = std::find_if(std::begin(named_errors), std::end(named_errors), [&](const NamedError& one) { return one.error == error; });
+  auto const* const found = std::find_if(std::begin(named_errors), std::end(named_errors),
+                                         [&](const NamedError& one) { return one.error == error; });
   return found == std::end(named_errors) ? nullptr : found;
 }
 
@@ -151,7 +155,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMaxRegistersPerMultiprocessor: *value = 65536; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 << 10; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(sim::options().shared_limit); break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = static_cast<int>(sim::options().shared_limit) + 1024; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = static_cast<int>(sim::options().shared_limit) + 1024;
+      break;
     case cudaDevAttrReservedSharedMemoryPerBlock: *value = 1024; break;
     case cudaDevAttrL2CacheSize: *value = 32 << 20; break;
     case cudaDevAttrMemoryPoolsSupported: *value = 0; break;
@@ -196,7 +202,8 @@ cudaError_t cudaFree(void* memory) {
   cudaError_t const error = sim::finish_device();  // work under way may use it
   sim::Released const released = sim::release_device(memory);
   if (released == sim::Released::unknown) return remember(cudaErrorInvalidValue);
-  if (released == sim::Released::overrun) sim::fail(sim::Location::current(), "somebody wrote behind the end of the device memory at %p", memory);
+  if (released == sim::Released::overrun)
+    sim::fail(sim::Location::current(), "somebody wrote behind the end of the device memory at %p", memory);
   return remember(error);
 }
 cudaError_t cudaMallocHost(void** memory, size_t bytes) {
@@ -226,7 +233,9 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
   *attributes = cudaPointerAttributes{};
-  attributes->type = sim::is_device(address) ? cudaMemoryTypeDevice : sim::is_pinned(address) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
+  attributes->type = sim::is_device(address)   ? cudaMemoryTypeDevice
+                     : sim::is_pinned(address) ? cudaMemoryTypeHost
+                                               : cudaMemoryTypeUnregistered;
   attributes->device = attributes->type == cudaMemoryTypeUnregistered ? -2 : 0;
   return cudaSuccess;
 }

@@ -11,7 +11,8 @@
 
 namespace sim {
 
-cudaError_t enqueue_launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, std::function<void()> kernel);
+cudaError_t enqueue_launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                           std::function<void()> kernel);
 
 // What launch() in gpu.h does. The arguments are copied now and used when the stream gets there.
 template <class... Parameters>

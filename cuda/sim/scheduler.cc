@@ -74,7 +74,7 @@ struct Run {  // of one launch
   Random random{1};
   bool failed = false;
   bool leave_warp = false;  // the running thread asks for another warp's turn
-  bool progress = false;  // some thread did more than spin since this was cleared
+  bool progress = false;    // some thread did more than spin since this was cleared
   unsigned idle_rounds = 0;
   char launch_tag = 0;
   char exit_tag = 0;
@@ -105,7 +105,9 @@ bool shuffled() { return options().schedule == Schedule::shuffled; }
   return text;
 }
 
-std::string position(Location where) { return text_of("%s:%u", where.file_name(), static_cast<unsigned>(where.line())); }
+std::string position(Location where) {
+  return text_of("%s:%u", where.file_name(), static_cast<unsigned>(where.line()));
+}
 
 std::string name_of(const uint3& index) { return text_of("(%u,%u,%u)", index.x, index.y, index.z); }
 
@@ -128,7 +130,8 @@ void open_barrier(Block& block, int id) {
 // A barrier of the whole block waits for the threads that are left. PTX allows a warp to have exited as a whole only.
 void finish_thread(GpuThread& thread) {
   Block& block = *thread.owner;
-  if (!thread.copies.empty()) return fail(thread.where, "the thread exited with asynchronous copies that it never waited for");
+  if (!thread.copies.empty())
+    return fail(thread.where, "the thread exited with asynchronous copies that it never waited for");
   release(&run_state.exit_tag);
   thread.state = State::finished;
   block.warps[thread.linear / warp_lanes].absent |= 1u << thread.linear % warp_lanes;
@@ -150,7 +153,8 @@ std::unique_ptr<Block> start_block(uint64_t number) {
   const Launch& launch = *run_state.launch;
   unsigned const count = launch.block.x * launch.block.y * launch.block.z;
   auto block = std::make_unique<Block>();
-  block->index = {static_cast<unsigned>(number % launch.grid.x), static_cast<unsigned>(number / launch.grid.x % launch.grid.y),
+  block->index = {static_cast<unsigned>(number % launch.grid.x),
+                  static_cast<unsigned>(number / launch.grid.x % launch.grid.y),
                   static_cast<unsigned>(number / launch.grid.x / launch.grid.y)};
   block->alive = count;
   if (launch.shared_bytes) {
@@ -163,7 +167,8 @@ std::unique_ptr<Block> start_block(uint64_t number) {
   bool const descending = options().schedule == Schedule::reversed;
   for (unsigned linear = 0; linear < count; ++linear) {
     GpuThread& thread = *block->threads[linear];
-    thread.thread = {linear % launch.block.x, linear / launch.block.x % launch.block.y, linear / launch.block.x / launch.block.y};
+    thread.thread = {linear % launch.block.x, linear / launch.block.x % launch.block.y,
+                     linear / launch.block.x / launch.block.y};
     thread.block = block->index;
     thread.linear = linear;
     thread.owner = block.get();
@@ -179,7 +184,8 @@ std::unique_ptr<Block> start_block(uint64_t number) {
     Warp& warp = block->warps[index];
     unsigned const lanes = std::min(warp_lanes, count - index * warp_lanes);
     if (lanes < warp_lanes) warp.absent = ~0u << lanes;
-    for (unsigned lane = 0; lane < lanes; ++lane) warp.lanes.push_back(static_cast<uint8_t>(descending ? lanes - 1 - lane : lane));
+    for (unsigned lane = 0; lane < lanes; ++lane)
+      warp.lanes.push_back(static_cast<uint8_t>(descending ? lanes - 1 - lane : lane));
     block->warp_order.push_back(static_cast<uint16_t>(descending ? warps - 1 - index : index));
   }
   return block;
@@ -188,8 +194,8 @@ std::unique_ptr<Block> start_block(uint64_t number) {
 void end_block(Block& block) {
   for (const auto& region : block.shared)
     if (!run_state.failed && !region->intact())
-      keep_failure(text_of("block %s wrote outside its shared memory, beside the %s variable of %zu bytes", name_of(block.index).c_str(),
-                           region->key() ? "static" : "dynamic", region->bytes()));
+      keep_failure(text_of("block %s wrote outside its shared memory, beside the %s variable of %zu bytes",
+                           name_of(block.index).c_str(), region->key() ? "static" : "dynamic", region->bytes()));
   for (GpuThread* thread : block.threads) {
     if (thread->state != State::finished) thread->fiber.restart();
     thread->state = State::finished;
@@ -251,10 +257,12 @@ void run_blocks() {
   std::vector<std::unique_ptr<Block>> live;
   uint64_t started = 0;
   while (!run_state.failed && (started < total || !live.empty())) {
-    for (; started < total && live.size() < resident; ++started) live.push_back(start_block(descending ? total - 1 - started : started));
+    for (; started < total && live.size() < resident; ++started)
+      live.push_back(start_block(descending ? total - 1 - started : started));
     run_state.progress = false;
     bool const any_ready = std::any_of(live.begin(), live.end(), [](const auto& block) {
-      return std::any_of(block->threads.begin(), block->threads.end(), [](const GpuThread* thread) { return thread->state == State::ready; });
+      return std::any_of(block->threads.begin(), block->threads.end(),
+                         [](const GpuThread* thread) { return thread->state == State::ready; });
     });
     if (shuffled()) run_state.random.shuffle(live);
     for (const auto& block : live) {
@@ -284,9 +292,11 @@ Options from_environment() {
     if (name.rfind("shuffled", 0) == 0) options.schedule = Schedule::shuffled;
     if (name.rfind("shuffled:", 0) == 0) options.seed = std::strtoull(text + 9, nullptr, 10);
     if (name != "forward" && options.schedule == Schedule::forward)
-      std::fprintf(stderr, "sim: COUPLET_SIM_SCHEDULE=%s is none of forward, reversed, shuffled, shuffled:<seed>\n", text);
+      std::fprintf(stderr, "sim: COUPLET_SIM_SCHEDULE=%s is none of forward, reversed, shuffled, shuffled:<seed>\n",
+                   text);
   }
-  if (const char* text = std::getenv("COUPLET_SIM_SHARED_LIMIT")) options.shared_limit = std::strtoull(text, nullptr, 10);
+  if (const char* text = std::getenv("COUPLET_SIM_SHARED_LIMIT"))
+    options.shared_limit = std::strtoull(text, nullptr, 10);
   return options;
 }
 
@@ -346,7 +356,8 @@ bool run(const Launch& launch) {
   acquire(&run_state.exit_tag);
   if (size_t const bytes = device_overrun(); bytes && !run_state.failed)
     keep_failure(text_of("a launch of %s blocks of %s threads wrote behind the end of device memory of %zu bytes",
-                         name_of({grid_dim.x, grid_dim.y, grid_dim.z}).c_str(), name_of({block_dim.x, block_dim.y, block_dim.z}).c_str(), bytes));
+                         name_of({grid_dim.x, grid_dim.y, grid_dim.z}).c_str(),
+                         name_of({block_dim.x, block_dim.y, block_dim.z}).c_str(), bytes));
   return !run_state.failed;
 }
 
@@ -368,7 +379,8 @@ bool come(Barrier& barrier, int id, unsigned threads, Location where) {
   const Block& block = *thread.owner;
   if (id < 0 || id > 15) fail(where, "barrier %d: there are 0 to 15", id);
   if (threads % warp_lanes != 0) fail(where, "barrier %d of %u threads: not a multiple of 32", id, threads);
-  if (threads > block.threads.size()) fail(where, "barrier %d of %u threads in a block of %zu", id, threads, block.threads.size());
+  if (threads > block.threads.size())
+    fail(where, "barrier %d of %u threads in a block of %zu", id, threads, block.threads.size());
   ++thread.barriers_met;
   size_t const warp_begin = thread.linear / warp_lanes * warp_lanes;
   size_t const warp_end = std::min(warp_begin + warp_lanes, block.threads.size());
@@ -376,8 +388,10 @@ bool come(Barrier& barrier, int id, unsigned threads, Location where) {
     if (block.threads[other]->state == State::finished && block.threads[other]->barriers_met < thread.barriers_met)
       fail(where, "a barrier that lane %zu of this warp will never come to: it has exited", other - warp_begin);
   if (barrier.arrived && barrier.expected != threads)
-    fail(where, "barrier %d of %u threads, while others wait at it as one of %u, %s", id, threads, barrier.expected, position(barrier.where).c_str());
-  if (threads == 0 && barrier.arrived && (barrier.where.line() != where.line() || std::strcmp(barrier.where.file_name(), where.file_name()) != 0))
+    fail(where, "barrier %d of %u threads, while others wait at it as one of %u, %s", id, threads, barrier.expected,
+         position(barrier.where).c_str());
+  if (threads == 0 && barrier.arrived &&
+      (barrier.where.line() != where.line() || std::strcmp(barrier.where.file_name(), where.file_name()) != 0))
     fail(where, "threads of one block meet at different barriers; others wait at %s", position(barrier.where).c_str());
   barrier.expected = threads;
   barrier.where = where;
@@ -420,7 +434,8 @@ void collective(Operation operation, uint32_t mask, void* operand, Location wher
   Warp& warp = block.warps[thread.linear / warp_lanes];
   uint32_t const bit = 1u << lane;
   if (!(mask & bit)) fail(where, "lane %u is not in the mask %08x of the collective that it calls", lane, mask);
-  if (mask & warp.absent) fail(where, "the mask %08x names lanes %08x, which have exited or are beyond the block", mask, mask & warp.absent);
+  if (mask & warp.absent)
+    fail(where, "the mask %08x names lanes %08x, which have exited or are beyond the block", mask, mask & warp.absent);
   thread.state = State::in_collective;
   thread.operation = operation;
   thread.mask = mask;
@@ -431,16 +446,18 @@ void collective(Operation operation, uint32_t mask, void* operand, Location wher
   for (uint32_t others = warp.waiting & mask; others; others &= others - 1) {
     const GpuThread& other = *lanes[__builtin_ctz(others)];
     // __syncwarp may be reached by several ways; the others are one instruction.
-    bool const same_place = orders_memory || (other.where.line() == where.line() && other.where.column() == where.column() &&
-                                              std::strcmp(other.where.file_name(), where.file_name()) == 0);
+    bool const same_place =
+        orders_memory || (other.where.line() == where.line() && other.where.column() == where.column() &&
+                          std::strcmp(other.where.file_name(), where.file_name()) == 0);
     if (other.operation != operation || other.mask != mask || !same_place)
-      fail(where, "lane %u (mask %08x) meets lane %u in another collective (mask %08x), %s", lane, mask, other.linear % warp_lanes, other.mask,
-           position(other.where).c_str());
+      fail(where, "lane %u (mask %08x) meets lane %u in another collective (mask %08x), %s", lane, mask,
+           other.linear % warp_lanes, other.mask, position(other.where).c_str());
   }
   warp.waiting |= bit;
   if ((warp.waiting & mask) == mask) {
     void* operands[warp_lanes] = {};
-    for (uint32_t left = mask; left; left &= left - 1) operands[__builtin_ctz(left)] = lanes[__builtin_ctz(left)]->operand;
+    for (uint32_t left = mask; left; left &= left - 1)
+      operands[__builtin_ctz(left)] = lanes[__builtin_ctz(left)]->operand;
     operation(operands, mask, where);
     warp.waiting &= ~mask;
     ++warp.generation;
@@ -470,8 +487,10 @@ void* static_shared(const void* key, size_t bytes, size_t alignment, Location wh
     all_bytes += region->bytes();
     if (region->key()) static_bytes += region->bytes();
   }
-  if (static_bytes > static_limit) fail(where, "%zu bytes of static shared memory; the limit is %zu", static_bytes, static_limit);
-  if (all_bytes > options().shared_limit) fail(where, "%zu bytes of shared memory; the limit is %zu", all_bytes, options().shared_limit);
+  if (static_bytes > static_limit)
+    fail(where, "%zu bytes of static shared memory; the limit is %zu", static_bytes, static_limit);
+  if (all_bytes > options().shared_limit)
+    fail(where, "%zu bytes of shared memory; the limit is %zu", all_bytes, options().shared_limit);
   {
     AsScheduler const scheduler;
     shared.push_back(std::make_unique<SharedRegion>(key, bytes, alignment));

@@ -86,6 +86,7 @@ struct AsyncCopy {
 };
 bool async_copy_lands_now(const AsyncCopy& copy);
 void async_commit();
-bool async_landing(int groups_left, AsyncCopy& copy);  // the next copy that a wait for all but `groups_left` groups completes
+bool async_landing(int groups_left,
+                   AsyncCopy& copy);  // the next copy that a wait for all but `groups_left` groups completes
 
 }  // namespace sim

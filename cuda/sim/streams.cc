@@ -15,8 +15,8 @@ using Work = std::function<cudaError_t()>;
 
 // CUDA's own opaque names.
 struct CUstream_st {
-  std::deque<Work> work;   // not run yet
-  uint64_t enqueued = 0;   // since the stream was made
+  std::deque<Work> work;  // not run yet
+  uint64_t enqueued = 0;  // since the stream was made
   uint64_t finished = 0;
   int device = 0;
   bool blocking = true;  // ordered with the default stream
@@ -88,7 +88,9 @@ struct Queue {
     // The default stream starts after all that blocking streams were given before, and they after it.
     if (target == &default_stream && capturing) return refuse();
     for (CUstream_st* other : streams)
-      if (other != target && other->blocking && target->blocking && (target == &default_stream || other == &default_stream)) run_all(*other);
+      if (other != target && other->blocking && target->blocking &&
+          (target == &default_stream || other == &default_stream))
+        run_all(*other);
     target->work.push_back(std::move(work));
     ++target->enqueued;
     return at_once() ? run_all(*target) : cudaSuccess;
@@ -109,9 +111,11 @@ Queue& queue() {
 
 }  // namespace
 
-cudaError_t enqueue_launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, std::function<void()> kernel) {
+cudaError_t enqueue_launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                           std::function<void()> kernel) {
   uint64_t const threads = uint64_t{block.x} * block.y * block.z;
-  if (threads == 0 || threads > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0) return remember(cudaErrorInvalidConfiguration);
+  if (threads == 0 || threads > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0)
+    return remember(cudaErrorInvalidConfiguration);
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) return remember(cudaErrorInvalidConfiguration);
   if (shared_bytes > options().shared_limit) return remember(cudaErrorInvalidValue);
   return remember(queue().enqueue(stream, [=, kernel = std::move(kernel)]() mutable {
@@ -257,7 +261,9 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* 
   std::lock_guard const lock(queue().mutex);
   CUstream_st* const stream = queue().stream(handle);
   if (!stream) return remember(cudaErrorInvalidResourceHandle);
-  *status = !stream->capturing ? cudaStreamCaptureStatusNone : stream->spoiled ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
+  *status = !stream->capturing ? cudaStreamCaptureStatusNone
+            : stream->spoiled  ? cudaStreamCaptureStatusInvalidated
+                               : cudaStreamCaptureStatusActive;
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {

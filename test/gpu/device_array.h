@@ -12,7 +12,8 @@ template <class T>
 class DeviceArray {
  public:
   explicit DeviceArray(size_t count) : count_(count) {
-    if (count) CHECK(cudaMalloc(&data_, count * sizeof(T)) == cudaSuccess, "no %zu bytes of device memory", count * sizeof(T));
+    if (count)
+      CHECK(cudaMalloc(&data_, count * sizeof(T)) == cudaSuccess, "no %zu bytes of device memory", count * sizeof(T));
   }
   explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) { write(values); }
   DeviceArray(DeviceArray&& other) noexcept : data_(other.data_), count_(other.count_) { other.data_ = nullptr; }

@@ -10,8 +10,8 @@
 
 namespace {
 
-using couplet::test::Random;
 using couplet::test::DeviceArray;
+using couplet::test::Random;
 
 constexpr int lanes = 32;
 
@@ -21,7 +21,8 @@ void expect(cudaError_t error, const char* what) {
 
 // ---- matrices --------------------------------------------------------------------------------------------------------------
 template <bool Bfloat>
-__global__ void __launch_bounds__(32) multiply(const uint16_t* a /*[16][16]*/, const uint16_t* b /*[16][8]*/, float* d /*[16][8]*/) {
+__global__ void __launch_bounds__(32)
+    multiply(const uint16_t* a /*[16][16]*/, const uint16_t* b /*[16][8]*/, float* d /*[16][8]*/) {
   GPU_SHARED(a_rows, uint16_t[16][24]);  // rows of 48 bytes: 16-byte aligned
   GPU_SHARED(b_rows, uint16_t[16][8]);
   int const lane = threadIdx.x;
@@ -44,7 +45,9 @@ __global__ void __launch_bounds__(32) multiply(const uint16_t* a /*[16][16]*/, c
 uint16_t bits_of(float value, bool bfloat) {
   return bfloat ? __bfloat16_as_ushort(__float2bfloat16_rn(value)) : __half_as_ushort(__float2half_rn(value));
 }
-float value_of(uint16_t bits, bool bfloat) { return bfloat ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits)); }
+float value_of(uint16_t bits, bool bfloat) {
+  return bfloat ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+}
 
 void test_multiply(bool bfloat) {
   Random random(7);
@@ -56,13 +59,17 @@ void test_multiply(bool bfloat) {
   DeviceArray<uint16_t> const device_a(a);
   DeviceArray<uint16_t> const device_b(b);
   DeviceArray<float> device_d(d);
-  expect(gpu::launch(bfloat ? multiply<true> : multiply<false>, 1, lanes, 0, nullptr, device_a.data(), device_b.data(), device_d.data()), "multiply");
+  expect(gpu::launch(bfloat ? multiply<true> : multiply<false>, 1, lanes, 0, nullptr, device_a.data(), device_b.data(),
+                     device_d.data()),
+         "multiply");
   std::vector<float> const result = device_d.read();
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < 8; ++column) {
       double sum = d[row * 8 + column];
-      for (int inner = 0; inner < 16; ++inner) sum += double{value_of(a[row * 16 + inner], bfloat)} * value_of(b[inner * 8 + column], bfloat);
-      CHECK(std::abs(result[row * 8 + column] - sum) < 1e-5, "[%d][%d] is %g and not %g", row, column, result[row * 8 + column], sum);
+      for (int inner = 0; inner < 16; ++inner)
+        sum += double{value_of(a[row * 16 + inner], bfloat)} * value_of(b[inner * 8 + column], bfloat);
+      CHECK(std::abs(result[row * 8 + column] - sum) < 1e-5, "[%d][%d] is %g and not %g", row, column,
+            result[row * 8 + column], sum);
     }
 }
 

@@ -1,7 +1,7 @@
 // Kernels and launchers with one bug each, and their sound twins. planted_test runs this program, compiled without a sanitizer and
 // with each, and demands that every bug is found in some way and no twin accused of anything.
 //
-//   planted_<sanitizer> list | <case> bug | <case> sound | all sound        (COUPLET_SIM_SCHEDULE says how)
+//   planted_<sanitizer> list '' | <case> bug | <case> sound | all sound        (COUPLET_SIM_SCHEDULE says how)
 //
 // Exit status: 0 all is well, 1 a wrong result, 2 the simulator reported, 66 and 67 ThreadSanitizer and AddressSanitizer did.
 #include <cstdio>
@@ -21,7 +21,8 @@ void expect(bool held) { wrong |= !held; }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments... arguments) {
-  static_cast<void>(gpu::launch(kernel, grid, block, shared_bytes, nullptr, arguments...));  // the simulator keeps the failure
+  static_cast<void>(
+      gpu::launch(kernel, grid, block, shared_bytes, nullptr, arguments...));  // the simulator keeps the failure
 }
 
 std::vector<int> numbers(size_t count) {
@@ -239,7 +240,8 @@ void run_plain_increment() {
 
 // The last block to finish adds up what all have written.
 template <bool Bug>
-__global__ void last_block_merges(const int* in /*[blocks][64]*/, int* partial /*[blocks]*/, uint32_t* finished, int* sum) {
+__global__ void last_block_merges(const int* in /*[blocks][64]*/, int* partial /*[blocks]*/, uint32_t* finished,
+                                  int* sum) {
   GPU_SHARED(warps, int[2]);
   GPU_SHARED(is_last, bool);
   int const own = warp_sum(in[blockIdx.x * 64 + threadIdx.x]);
@@ -353,7 +355,8 @@ template <bool Bug>
 void run_result_not_waited_for() {
   int* pinned = nullptr;
   cudaStream_t stream = nullptr;
-  expect(cudaMallocHost(&pinned, 32 * sizeof(int)) == cudaSuccess && cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+  expect(cudaMallocHost(&pinned, 32 * sizeof(int)) == cudaSuccess &&
+         cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
   std::memset(pinned, 0, 32 * sizeof(int));
   DeviceArray<int> const out(32);
   expect(gpu::launch(fill, 1, 32, 0, stream, out.data(), 5) == cudaSuccess);
@@ -375,7 +378,8 @@ void run_allocation_in_capture() {
   void* scratch = nullptr;
   if (Bug) cudaMalloc(&scratch, 64);
   expect(gpu::launch(fill, 1, 32, 0, stream, out.data(), 6) == cudaSuccess);
-  bool const captured = cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphInstantiate(&executable, graph, 0) == cudaSuccess;
+  bool const captured =
+      cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphInstantiate(&executable, graph, 0) == cudaSuccess;
   expect(captured);
   if (captured) {
     expect(cudaGraphLaunch(executable, stream) == cudaSuccess && cudaStreamSynchronize(stream) == cudaSuccess);
@@ -392,7 +396,8 @@ struct Case {
   void (*sound)();
 };
 
-#define CASE(name) {#name, run_##name<true>, run_##name<false>}
+#define CASE(name) \
+  { #name, run_##name < true>, run_##name < false> }
 constexpr Case cases[] = {
     CASE(read_before_written),
     CASE(overwritten_before_read),
@@ -418,11 +423,11 @@ constexpr Case cases[] = {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 2 && std::strcmp(argv[1], "list") == 0) {
+  if (argc != 3) return 3;
+  if (std::strcmp(argv[1], "list") == 0) {
     for (const Case& one : cases) std::puts(one.name);
     return 0;
   }
-  if (argc != 3) return 3;
   bool const bug = std::strcmp(argv[2], "bug") == 0;
   int ran = 0;
   for (const Case& one : cases) {

@@ -1,13 +1,13 @@
 // Can the simulator find bugs? Each one of planted.cu is run in every schedule, and under the sanitizers; each must be found in some
 // way, and its sound twin in none. Prints what found what.
-#include <fcntl.h>
 #include <sys/personality.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <iterator>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -32,6 +32,13 @@ std::string own_folder() {
   return text.substr(0, text.rfind('/'));
 }
 
+// What this program itself was started under (qemu, say), so that its children can be.
+std::vector<std::string> launcher() {
+  const char* const text = std::getenv("COUPLET_TEST_LAUNCHER");
+  std::istringstream words(text ? text : "");
+  return {std::istream_iterator<std::string>(words), {}};
+}
+
 Run run(const std::string& program, const char* name, const char* twin, const std::string& schedule) {
   int ends[2];
   if (pipe(ends) != 0) return {Outcome::not_run, "no pipe"};
@@ -47,13 +54,19 @@ Run run(const std::string& program, const char* name, const char* twin, const st
     setenv("COUPLET_SIM_SCHEDULE", schedule.c_str(), 1);
     setenv("TSAN_OPTIONS", "exitcode=66 halt_on_error=1", 1);
     setenv("ASAN_OPTIONS", "exitcode=67 detect_leaks=1", 1);
-    execl(program.c_str(), program.c_str(), name, twin, nullptr);
+    std::vector<std::string> words = launcher();
+    words.insert(words.end(), {program, name, twin});
+    std::vector<char*> argv;
+    for (std::string& word : words) argv.push_back(word.data());
+    argv.push_back(nullptr);
+    execvp(argv[0], argv.data());
     _exit(3);
   }
   close(ends[1]);
   Run result{Outcome::not_run, {}};
   char part[4096];
-  for (ssize_t length; (length = read(ends[0], part, sizeof part)) > 0;) result.output.append(part, static_cast<size_t>(length));
+  for (ssize_t length; (length = read(ends[0], part, sizeof part)) > 0;)
+    result.output.append(part, static_cast<size_t>(length));
   close(ends[0]);
   int status = 0;
   waitpid(child, &status, 0);
@@ -87,12 +100,8 @@ const char* word(const Run& run) {
 }
 
 std::vector<std::string> names_of_cases(const std::string& program) {
-  FILE* const list = popen((program + " list").c_str(), "r");
-  std::vector<std::string> names;
-  char line[256];
-  while (list && std::fgets(line, sizeof line, list)) names.emplace_back(line, std::strcspn(line, "\n"));
-  if (list) pclose(list);
-  return names;
+  std::istringstream list(run(program, "list", "", "forward").output);
+  return {std::istream_iterator<std::string>(list), {}};
 }
 
 }  // namespace
@@ -108,30 +117,34 @@ int main() {
   for (int seed = 1; seed <= seeds; ++seed) schedules.push_back("shuffled:" + std::to_string(seed));
   for (const std::string& schedule : schedules) {
     Run const sound = run(plain, "all", "sound", schedule);
-    CHECK(sound.outcome == Outcome::nothing, "%s, sound twins: %s\n%s", schedule.c_str(), word(sound), sound.output.substr(0, 2000).c_str());
+    CHECK(sound.outcome == Outcome::nothing, "%s, sound twins: %s\n%s", schedule.c_str(), word(sound),
+          sound.output.substr(0, 2000).c_str());
   }
   for (const char* schedule : {"forward", "reversed", "shuffled:1"})
     for (const std::string& program : {address, thread}) {
       if (!sanitizers) continue;
       Run const sound = run(program, "all", "sound", schedule);
-      CHECK(sound.outcome == Outcome::nothing, "%s, %s, sound twins: %s\n%s", program.c_str(), schedule, word(sound), sound.output.substr(0, 2000).c_str());
+      CHECK(sound.outcome == Outcome::nothing, "%s, %s, sound twins: %s\n%s", program.c_str(), schedule, word(sound),
+            sound.output.substr(0, 2000).c_str());
     }
 
   std::vector<std::string> const names = names_of_cases(plain);
   CHECK(names.size() >= 8, "%zu cases", names.size());
-  std::printf("%-28s %-8s %-8s %-8s %-8s %-8s %-8s\n", "planted bug", "forward", "reversed", "shuffled", "ASan", "TSan f", "TSan s");
+  std::printf("%-28s %-8s %-8s %-8s %-8s %-8s %-8s\n", "planted bug", "forward", "reversed", "shuffled", "ASan",
+              "TSan f", "TSan s");
   for (const std::string& name : names) {
     const char* const bug = name.c_str();
     Run const forward = run(plain, bug, "bug", "forward");
     Run const reversed = run(plain, bug, "bug", "reversed");
     int shuffled = 0;
-    for (int seed = 1; seed <= seeds; ++seed) shuffled += found(run(plain, bug, "bug", "shuffled:" + std::to_string(seed)));
+    for (int seed = 1; seed <= seeds; ++seed)
+      shuffled += found(run(plain, bug, "bug", "shuffled:" + std::to_string(seed)));
     Run const none{Outcome::not_run, {}};
     Run const by_address = sanitizers ? run(address, bug, "bug", "forward") : none;
     Run const by_thread = sanitizers ? run(thread, bug, "bug", "forward") : none;
     Run const by_thread_shuffled = sanitizers ? run(thread, bug, "bug", "shuffled:1") : none;
-    std::printf("%-28s %-8s %-8s %2d of %-2d %-8s %-8s %-8s\n", bug, word(forward), word(reversed), shuffled, seeds, word(by_address),
-                word(by_thread), word(by_thread_shuffled));
+    std::printf("%-28s %-8s %-8s %2d of %-2d %-8s %-8s %-8s\n", bug, word(forward), word(reversed), shuffled, seeds,
+                word(by_address), word(by_thread), word(by_thread_shuffled));
     bool const by_plain = found(forward) || found(reversed) || shuffled > 0;
     bool const by_sanitizer = found(by_address) || found(by_thread) || found(by_thread_shuffled);
     CHECK(by_plain || by_sanitizer || !sanitizers, "%s: not found", bug);

@@ -36,16 +36,12 @@ constexpr Entries entries_of() {
   return {Body::check, Body::workspace, Body::run, Body::describe};
 }
 
-using Table = UnsupportedObject<couplet_table_params, couplet_table>;
 using Rotary = UnsupportedObject<couplet_rotary_params, couplet_rotary>;
 
 }  // namespace
 
-const couplet_table_entries table_entries = {Table::create, Table::destroy, Table::bytes};
 const couplet_rotary_entries rotary_entries = {Rotary::create, Rotary::destroy, Rotary::bytes};
 const couplet_kmeans_entries kmeans_entries = entries_of<couplet_kmeans_entries, Unsupported<couplet_kmeans_params>>();
-const couplet_encode_entries encode_entries = entries_of<couplet_encode_entries, Unsupported<couplet_encode_params>>();
-const couplet_decode_entries decode_entries = entries_of<couplet_decode_entries, Unsupported<couplet_decode_params>>();
 const couplet_attend_entries attend_entries = entries_of<couplet_attend_entries, Unsupported<couplet_attend_params>>();
 const couplet_attention_weights_entries attention_weights_entries =
     entries_of<couplet_attention_weights_entries, Unsupported<couplet_attention_weights_params>>();

@@ -77,7 +77,12 @@ typedef struct couplet_kmeans_params {
 
 /* ---- encode and decode ----------------------------------------------------------------------------------------- */
 /* Tokens first_token .. first_token + tokens - 1 of a page table: token t lies in page t / page_tokens, slot
-   t % page_tokens; kv head h of page p starts at pages[p] + page_offset + h * page_stride (bytes). */
+   t % page_tokens; kv head h of page p starts at pages[p] + page_offset + h * page_stride (bytes).
+   A GPU backend: rows, pages and the entries of pages are device pointers. Its run enqueues encode and returns, so it cannot
+   report a NaN or an infinity in rows; the first bytes of the workspace are a couplet_report for that. When the stream has got
+   there, status is COUPLET_OK, or COUPLET_NOT_FINITE with the token (counted from the first of the call), kv head and channel
+   of the first such value in that order; detail is empty. The codes of the groups with such values are unspecified then, all
+   others are written. Who does not ask need not copy it. */
 typedef struct couplet_encode_params {
   const void* rows; /* dtype; channel c of kv head h of the i-th token: rows[i * token_stride + h * head_stride + c] */
   const couplet_table* table;
@@ -91,7 +96,7 @@ typedef struct couplet_encode_params {
   int32_t kv_heads;
   int32_t head_dim;
   int32_t page_tokens;
-  int32_t dtype; /* COUPLET_FLOAT32 or COUPLET_FLOAT16 */
+  int32_t dtype; /* COUPLET_FLOAT32 or COUPLET_FLOAT16; COUPLET_BFLOAT16 on a GPU */
   int32_t threads;
   couplet_codec codec;
 } couplet_encode_params;
@@ -109,7 +114,7 @@ typedef struct couplet_decode_params {
   int32_t kv_heads;
   int32_t head_dim;
   int32_t page_tokens;
-  int32_t dtype; /* COUPLET_FLOAT32 or COUPLET_FLOAT16 */
+  int32_t dtype; /* COUPLET_FLOAT32 or COUPLET_FLOAT16; COUPLET_BFLOAT16 on a GPU */
   int32_t threads;
   couplet_codec codec;
 } couplet_decode_params;

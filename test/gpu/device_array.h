@@ -25,12 +25,14 @@ class DeviceArray {
   size_t size() const { return count_; }
 
   void write(const std::vector<T>& values) {
+    if (values.empty()) return;
     cudaError_t const error = cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
     CHECK(error == cudaSuccess, "copying to the device: %s", cudaGetErrorName(error));
   }
   // Waits for all that was given to the default stream.
   std::vector<T> read() const {
     std::vector<T> values(count_);
+    if (values.empty()) return values;
     cudaError_t const error = cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost);
     CHECK(error == cudaSuccess, "copying from the device: %s", cudaGetErrorName(error));
     return values;

@@ -1,0 +1,221 @@
+// decode: codes in pages -> centroids -> rows.
+//
+// A thread owns 16 bytes of the row (8 or 4 channels) of the 8 tokens of an octet: it reads `code_bits` bytes of codes for each group
+// in them, once, and writes 8 vectors. Neighbouring threads own neighbouring vectors, so a warp writes whole rows.
+// Centroids come through L1 as they lie in the table (float32): blocks are ordered by kv head, so that an SM reads the table of one
+// head (128 KB at 8 bits and headDim 128, at most) again and again. A copy in shared memory would be written 132 times per head, and
+// its gathers conflict 2.6 times over.
+#include <cstdio>
+
+#include "../backend.h"
+#include "../device/elements.h"
+#include "../device/pages.h"
+
+namespace couplet::cuda {
+namespace {
+
+constexpr int block_threads = 128;
+
+struct Call {
+  void* rows;
+  const float* table;  // float32 [kv_heads][groups][centroids][group_channels]
+  Octets octets;
+  int64_t token_stride;  // elements
+  int64_t head_stride;   // elements
+  uint32_t head_blocks;  // blocks of one kv head
+  int32_t head_dim;
+  int32_t groups;
+  int32_t group_channels;
+  int32_t code_bits;
+};
+
+// Of this thread: units of one kv head are pieces of the row of an octet, the piece running fastest.
+struct Unit {
+  int32_t kv_head;
+  uint32_t octet;
+  int32_t piece;
+};
+
+// False beyond the last one.
+__device__ __forceinline__ bool unit_of_thread(const Call& call, int32_t pieces, Unit& unit) {
+  uint32_t const kv_head = blockIdx.x / call.head_blocks;
+  uint32_t const index = (blockIdx.x - kv_head * call.head_blocks) * block_threads + threadIdx.x;
+  uint32_t const octet = index / static_cast<uint32_t>(pieces);
+  unit = {static_cast<int32_t>(kv_head), octet, static_cast<int32_t>(index - octet * static_cast<uint32_t>(pieces))};
+  return octet < call.octets.count;
+}
+
+// Channels floats at `from`, aligned to as many bytes as they have, at most 16.
+template <int Channels>
+__device__ __forceinline__ void load_channels(const float* from, float* to) {
+  if constexpr (Channels == 2) {
+    float2 const pair = __ldg(reinterpret_cast<const float2*>(from));
+    to[0] = pair.x;
+    to[1] = pair.y;
+  } else {
+#pragma unroll
+    for (int c = 0; c < Channels; c += 4) {
+      float4 const four = __ldg(reinterpret_cast<const float4*>(from + c));
+      to[c] = four.x;
+      to[c + 1] = four.y;
+      to[c + 2] = four.z;
+      to[c + 3] = four.w;
+    }
+  }
+}
+
+// A vector holds `parts` groups of Channels channels, or lies within one group, of which Channels is the vector then.
+template <class Element, int Channels>
+__global__ void __launch_bounds__(block_threads) decode_vectors(Call call) {
+  constexpr int vector = 16 / sizeof(Element);
+  constexpr int parts = vector / Channels;
+  int32_t const pieces = call.head_dim / vector;
+  Unit unit;
+  if (!unit_of_thread(call, pieces, unit)) return;
+  int64_t const group_floats = int64_t{call.group_channels} << call.code_bits;
+  int32_t const channel = unit.piece * vector;
+  int32_t const group = channel / call.group_channels;
+  const uint8_t* const codes = call.octets.address(unit.octet, unit.kv_head, group, call.code_bits);
+  Octet packed[parts];
+#pragma unroll
+  for (int part = 0; part < parts; ++part)
+    packed[part] = load_octet(codes + int64_t{part} * call.octets.row_bytes, call.code_bits);
+
+  const float* const table =
+      call.table + (int64_t{unit.kv_head} * call.groups + group) * group_floats + channel % call.group_channels;
+  int32_t const token = call.octets.token(unit.octet);
+  Element* const row = static_cast<Element*>(call.rows) + unit.kv_head * call.head_stride + channel;
+#pragma unroll
+  for (int slot = 0; slot < 8; ++slot) {
+    float values[vector];
+#pragma unroll
+    for (int part = 0; part < parts; ++part)
+      load_channels<Channels>(
+          table + part * group_floats + packed[part].code(slot, call.code_bits) * call.group_channels,
+          values + part * Channels);
+    if (token + slot >= 0 && token + slot < call.octets.tokens)
+      *reinterpret_cast<uint4*>(row + (token + slot) * call.token_stride) = pack_elements(values, row);
+  }
+}
+
+// Any group and any alignment: a thread owns one channel of an octet. Groups of 1 channel too: 8 octets of codes do not fit registers.
+template <class Element>
+__global__ void __launch_bounds__(block_threads) decode_channels(Call call) {
+  Unit unit;
+  if (!unit_of_thread(call, call.head_dim, unit)) return;
+  int64_t const group_floats = int64_t{call.group_channels} << call.code_bits;
+  int32_t const group = unit.piece / call.group_channels;
+  Octet const packed = load_octet(call.octets.address(unit.octet, unit.kv_head, group, call.code_bits), call.code_bits);
+  const float* const table =
+      call.table + (int64_t{unit.kv_head} * call.groups + group) * group_floats + unit.piece % call.group_channels;
+  int32_t const token = call.octets.token(unit.octet);
+  Element* const row = static_cast<Element*>(call.rows) + unit.kv_head * call.head_stride + unit.piece;
+#pragma unroll
+  for (int slot = 0; slot < 8; ++slot) {
+    if (token + slot < 0 || token + slot >= call.octets.tokens) continue;
+    store_element(row + (token + slot) * call.token_stride,
+                  __ldg(table + packed.code(slot, call.code_bits) * call.group_channels));
+  }
+}
+
+// ---- launcher ----------------------------------------------------------------------------------------------------------------
+struct Selection {
+  void (*kernel)(Call);
+  int32_t channels;  // that a thread owns of a token
+  const char* name;
+};
+
+template <class Element>
+Selection select_for(const couplet_decode_params& p) {
+  constexpr int vector = 16 / sizeof(Element);
+  if (rows_are_aligned(p, sizeof(Element))) {
+    if (p.codec.group_channels % vector == 0) return {decode_vectors<Element, vector>, vector, "vectors"};
+    if (p.codec.group_channels == 4) return {decode_vectors<Element, 4>, vector, "vectors"};
+    if (p.codec.group_channels == 2) return {decode_vectors<Element, 2>, vector, "vectors"};
+  }
+  return {decode_channels<Element>, 1, "channels"};
+}
+
+Selection select(const couplet_decode_params& p) {
+  if (p.dtype == COUPLET_FLOAT32) return select_for<float>(p);
+  return p.dtype == COUPLET_FLOAT16 ? select_for<__half>(p) : select_for<__nv_bfloat16>(p);
+}
+
+int64_t head_blocks_of(const couplet_decode_params& p, const Selection& selection, const Octets& octets) {
+  int64_t const units = int64_t{octets.count} * (p.head_dim / selection.channels);
+  return (units + block_threads - 1) / block_threads;
+}
+
+// Whether |big| steps over all `count` rows that are |small| apart.
+bool steps_over(int64_t big, int64_t small, int64_t count, int32_t head_dim) {
+  auto const magnitude = [](int64_t value) {
+    return value < 0 ? -static_cast<__int128>(value) : static_cast<__int128>(value);
+  };
+  return magnitude(big) >= magnitude(small) * (count - 1) + head_dim;
+}
+
+// Rows that overlap would be written in an order that nobody knows.
+couplet_status check_disjoint(const couplet_decode_params& p, couplet_report* report) {
+  bool const token_major = (p.tokens <= 1 || steps_over(p.token_stride, p.head_stride, p.kv_heads, p.head_dim)) &&
+                           (p.kv_heads <= 1 || steps_over(p.head_stride, 0, 1, p.head_dim));
+  bool const head_major = (p.kv_heads <= 1 || steps_over(p.head_stride, p.token_stride, p.tokens, p.head_dim)) &&
+                          (p.tokens <= 1 || steps_over(p.token_stride, 0, 1, p.head_dim));
+  if (token_major || head_major) return COUPLET_OK;
+  return fail(report, COUPLET_INVALID_ARGUMENT, {},
+              "Expected rows that do not overlap but received `tokenStride` %lld and `headStride` %lld for headDim %d",
+              static_cast<long long>(p.token_stride), static_cast<long long>(p.head_stride), p.head_dim);
+}
+
+couplet_status check(const couplet_decode_params* params, couplet_report* report) {
+  if (couplet_status const status = check_pages(params, report)) return status;
+  couplet_decode_params const& p = *params;
+  if (couplet_status const status = check_disjoint(p, report)) return status;
+  if (p.tokens == 0 || head_blocks_of(p, select(p), octets_of(p)) <= most_blocks / p.kv_heads) return COUPLET_OK;
+  return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected fewer than %d `tokens` for %d kv heads in one call",
+              p.tokens, p.kv_heads);
+}
+
+size_t workspace_bytes(const couplet_decode_params*) { return 0; }
+
+couplet_status run(const couplet_decode_params* params, void*, void* stream, couplet_report* report) {
+  if (couplet_status const status = check(params, report)) return status;
+  couplet_decode_params const& p = *params;
+  if (p.tokens == 0) return COUPLET_OK;
+  Selection const selection = select(p);
+  Octets const octets = octets_of(p);
+  int64_t const head_blocks = head_blocks_of(p, selection, octets);
+  Call const call = {
+      .rows = p.rows,
+      .table = table_of(p.table)->rows,
+      .octets = octets,
+      .token_stride = p.token_stride,
+      .head_stride = p.head_stride,
+      .head_blocks = static_cast<uint32_t>(head_blocks),
+      .head_dim = p.head_dim,
+      .groups = couplet_codec_groups(p.codec, p.head_dim),
+      .group_channels = p.codec.group_channels,
+      .code_bits = p.codec.code_bits,
+  };
+  return status_of(gpu::launch(selection.kernel, static_cast<unsigned>(head_blocks * p.kv_heads), block_threads, 0,
+                               static_cast<cudaStream_t>(stream), call),
+                   report, "decode");
+}
+
+void describe(const couplet_decode_params* params, char* text, size_t text_bytes) {
+  if (!text || text_bytes == 0) return;
+  text[0] = 0;
+  if (check(params, nullptr) != COUPLET_OK) return;
+  std::snprintf(text, text_bytes, "decode gpu %dc%db by %s to %s", params->codec.group_channels,
+                params->codec.code_bits, select(*params).name, dtype_name(params->dtype));
+}
+
+}  // namespace
+
+const couplet_decode_entries decode_entries = {
+    .check = check,
+    .workspace = workspace_bytes,
+    .run = run,
+    .describe = describe,
+};
+
+}  // namespace couplet::cuda

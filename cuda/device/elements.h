@@ -1,0 +1,41 @@
+// Elements of the rows that operations read and write: float32, float16 or bfloat16.
+#pragma once
+
+#include "../../native/abi/status.h"
+#include "../gpu.h"
+
+namespace couplet::cuda {
+
+inline int element_bytes(int32_t dtype) { return dtype == COUPLET_FLOAT32 ? 4 : 2; }
+
+inline const char* dtype_name(int32_t dtype) {
+  return dtype == COUPLET_FLOAT32 ? "float32" : dtype == COUPLET_FLOAT16 ? "float16" : "bfloat16";
+}
+
+// rows[at], exact in float32. dtype is the same for all threads, so that the branch costs next to nothing.
+__device__ __forceinline__ float load_element(const void* rows, int32_t dtype, int64_t at) {
+  if (dtype == COUPLET_FLOAT32) return __ldg(static_cast<const float*>(rows) + at);
+  uint16_t const bits = __ldg(static_cast<const unsigned short*>(rows) + at);
+  return dtype == COUPLET_FLOAT16 ? __half2float(__ushort_as_half(bits)) : __bfloat162float(__ushort_as_bfloat16(bits));
+}
+
+// Rounded to nearest, ties to even.
+__device__ __forceinline__ void store_element(float* to, float value) { *to = value; }
+__device__ __forceinline__ void store_element(__half* to, float value) { *to = __float2half_rn(value); }
+__device__ __forceinline__ void store_element(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
+
+// 16 bytes of elements.
+__device__ __forceinline__ uint4 pack_elements(const float (&values)[4], const float*) {
+  return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+          __float_as_uint(values[3])};
+}
+__device__ __forceinline__ uint4 pack_elements(const float (&values)[8], const __half*) {
+  return {gpu::cvt_f16x2(values[0], values[1]), gpu::cvt_f16x2(values[2], values[3]),
+          gpu::cvt_f16x2(values[4], values[5]), gpu::cvt_f16x2(values[6], values[7])};
+}
+__device__ __forceinline__ uint4 pack_elements(const float (&values)[8], const __nv_bfloat16*) {
+  return {gpu::cvt_bf16x2(values[0], values[1]), gpu::cvt_bf16x2(values[2], values[3]),
+          gpu::cvt_bf16x2(values[4], values[5]), gpu::cvt_bf16x2(values[6], values[7])};
+}
+
+}  // namespace couplet::cuda

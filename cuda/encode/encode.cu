@@ -1,0 +1,342 @@
+// encode: rows -> the nearest centroid of every group -> codes in pages.
+//
+// Two bodies, one rule (nearest.h), bytes of an octet written by one thread:
+//   tokens     a lane owns 4 neighbouring tokens, whose group it keeps in registers; centroids pass by through shared memory, the
+//              same for all lanes. A centroid of 8 channels costs a lane 2 loads, and 4 x (16 + 3) instructions for its tokens.
+//   centroids  lanes own centroids, and a warp encodes one octet of one group: for few tokens, and for group sizes without a tile.
+// A NaN or an infinity is found by who loads it: the first one, by token, kv head and channel, ends up in the workspace's report.
+#include <algorithm>
+#include <cstdio>
+
+#include "../backend.h"
+#include "../device/pages.h"
+#include "nearest.h"
+
+namespace couplet::cuda {
+namespace {
+
+constexpr int block_threads = 128;
+constexpr int warp_lanes = 32;
+constexpr int lane_tokens = 4;
+constexpr int block_octets = block_threads * lane_tokens / 8;
+constexpr int stage_floats = 4096;         // of centroids in shared memory at a time: 512 of 8 channels
+constexpr int32_t least_tile_tokens = 96;  // fewer leave most lanes of `tokens` without work
+
+// The workspace. Zero before the launch.
+struct State {
+  couplet_report report;
+  unsigned long long not_finite;  // 2^64 - 1 - the index of the first value that is not finite, or 0
+  uint32_t blocks_done;
+};
+static_assert(offsetof(State, report) == 0);
+
+struct Call {
+  const void* rows;
+  const float* table;  // float32 [kv_heads][groups][centroids][group_channels]
+  State* state;
+  Octets octets;
+  int64_t token_stride;  // elements
+  int64_t head_stride;   // elements
+  uint32_t row_units;    // units of work of one kv head and group: octets, or tiles of them
+  int32_t dtype;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t groups;
+  int32_t group_channels;
+  int32_t code_bits;
+};
+
+__device__ __forceinline__ const float* table_rows(const Call& call, int32_t kv_head, int32_t group) {
+  return call.table + ((int64_t{kv_head} * call.groups + group) * call.group_channels << call.code_bits);
+}
+
+__device__ __forceinline__ Point point_of(const Call& call, int32_t token, int32_t kv_head, int32_t group) {
+  return {call.rows, token * call.token_stride + kv_head * call.head_stride + int64_t{group} * call.group_channels,
+          call.dtype};
+}
+
+__device__ __forceinline__ void note_not_finite(const Call& call, int32_t token, int32_t kv_head, int32_t channel) {
+  unsigned long long const index =
+      (static_cast<unsigned long long>(token) * static_cast<unsigned>(call.kv_heads) + static_cast<unsigned>(kv_head)) *
+          256 +
+      static_cast<unsigned>(channel);
+  atomicMax(&call.state->not_finite, ~index);
+}
+
+// By all threads of the block when all their notes are taken. The last block of the launch turns the first note into the report.
+__device__ __forceinline__ void finish(const Call& call) {
+  __syncthreads();
+  if (threadIdx.x != 0 || gpu::fetch_add_acq_rel(&call.state->blocks_done, 1) != gridDim.x - 1) return;
+  unsigned long long const index = ~atomicMax(&call.state->not_finite, 0ull);
+  couplet_report& report = call.state->report;
+  report.layer = -1;
+  report.native_code = -1;
+  bool const found = index != ~0ull;
+  report.status = found ? COUPLET_NOT_FINITE : COUPLET_OK;
+  report.token = found ? static_cast<int64_t>(index / 256 / static_cast<unsigned>(call.kv_heads)) : -1;
+  report.kv_head = found ? static_cast<int32_t>(index / 256 % static_cast<unsigned>(call.kv_heads)) : -1;
+  report.channel = found ? static_cast<int32_t>(index % 256) : -1;
+}
+
+// Floats from global to shared memory by all threads of the block, 16 bytes at a time; both sides are aligned and `count` is a
+// multiple of 4 (or, for tables below that, single floats).
+__device__ __forceinline__ void stage_centroids(float* to, const float* from, int32_t count) {
+  if (count % 4 == 0) {
+    for (int32_t i = 4 * static_cast<int32_t>(threadIdx.x); i < count; i += 4 * block_threads)
+      gpu::cp_async<16>(to + i, from + i);
+  } else {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count; i += block_threads)
+      gpu::cp_async<4>(to + i, from + i);
+  }
+  gpu::cp_async_commit();
+  gpu::cp_async_wait<0>();
+  __syncthreads();
+}
+
+template <int Channels>
+__global__ void __launch_bounds__(block_threads) encode_tokens(Call call) {
+  GPU_SHARED(centroid_stage, uint4[stage_floats / 4]);
+  float* const stage = reinterpret_cast<float*>(centroid_stage);
+  int32_t const row = static_cast<int32_t>(blockIdx.x / call.row_units);
+  int32_t const kv_head = row / call.groups;
+  int32_t const group = row % call.groups;
+  int32_t const centroids = 1 << call.code_bits;
+  const float* const table = table_rows(call, kv_head, group);
+  // Neighbouring lanes share an octet: the even one has its first half, and writes it.
+  uint32_t const octet = blockIdx.x % call.row_units * block_octets + threadIdx.x / 2;
+  int32_t const octet_token = call.octets.token(octet);
+  int32_t const first_token = octet_token + static_cast<int32_t>(threadIdx.x % 2) * lane_tokens;
+
+  float values[lane_tokens][Channels];
+#pragma unroll
+  for (int t = 0; t < lane_tokens; ++t) {
+    int32_t const token = first_token + t;
+    bool const inside = octet < call.octets.count && token >= 0 && token < call.octets.tokens;
+    Point const point = point_of(call, token, kv_head, group);
+#pragma unroll
+    for (int c = 0; c < Channels; ++c) {
+      values[t][c] = inside ? point[c] : 0.0f;
+      if (!is_finite(values[t][c])) note_not_finite(call, token, kv_head, group * Channels + c);
+    }
+  }
+
+  float best[lane_tokens];
+  int32_t code[lane_tokens];
+#pragma unroll
+  for (int t = 0; t < lane_tokens; ++t) {
+    best[t] = __uint_as_float(0x7f800000u);
+    code[t] = 0;
+  }
+  constexpr int32_t stage_centroids_most = stage_floats / Channels;
+  for (int32_t first = 0; first < centroids; first += stage_centroids_most) {
+    int32_t const count = min(centroids - first, stage_centroids_most);
+    if (first > 0) __syncthreads();  // all have read the stage before
+    stage_centroids(stage, table + int64_t{first} * Channels, count * Channels);
+#pragma unroll 2
+    for (int32_t k = 0; k < count; ++k) {
+      float centroid[Channels];
+      if constexpr (Channels % 4 == 0) {
+#pragma unroll
+        for (int c = 0; c < Channels; c += 4) {
+          float4 const four = *reinterpret_cast<const float4*>(stage + k * Channels + c);
+          centroid[c] = four.x;
+          centroid[c + 1] = four.y;
+          centroid[c + 2] = four.z;
+          centroid[c + 3] = four.w;
+        }
+      } else {
+#pragma unroll
+        for (int c = 0; c < Channels; ++c) centroid[c] = stage[k * Channels + c];
+      }
+#pragma unroll
+      for (int t = 0; t < lane_tokens; ++t) {
+        float distance = 0;
+#pragma unroll
+        for (int c = 0; c < Channels; ++c) {
+          float const difference = __fsub_rn(values[t][c], centroid[c]);
+          distance = __fmaf_rn(difference, difference, distance);
+        }
+        if (distance < best[t]) {
+          best[t] = distance;
+          code[t] = first + k;
+        }
+      }
+    }
+  }
+
+  uint64_t quad = 0;
+  uint32_t doubtful = 0;  // a bit for each token
+#pragma unroll
+  for (int t = 0; t < lane_tokens; ++t) {
+    int32_t const token = first_token + t;
+    if (octet >= call.octets.count || token < 0 || token >= call.octets.tokens) continue;
+    quad |= static_cast<uint64_t>(code[t]) << (t * call.code_bits);
+    doubtful |= is_trusted(best[t]) ? 0 : 1u << t;
+  }
+  for (; doubtful; doubtful &= doubtful - 1) {
+    int32_t const t = __ffs(static_cast<int>(doubtful)) - 1;
+    int32_t const shift = t * call.code_bits;
+    int32_t const found = static_cast<int32_t>(quad >> shift) & (centroids - 1);
+    int32_t const nearest =
+        nearest_in_double(point_of(call, first_token + t, kv_head, group), table, Channels, centroids, found);
+    quad ^= static_cast<uint64_t>(found ^ nearest) << shift;
+  }
+  uint64_t const other = __shfl_xor_sync(~0u, static_cast<unsigned long long>(quad), 1);
+  if (threadIdx.x % 2 == 0 && octet < call.octets.count)
+    store_octet(call.octets.address(octet, kv_head, group, call.code_bits), call.code_bits, {{quad, other}},
+                max(0, -octet_token), min(8, call.octets.tokens - octet_token));
+  finish(call);
+}
+
+__global__ void __launch_bounds__(block_threads) encode_centroids(Call call) {
+  GPU_SHARED(points, float[block_threads / warp_lanes][COUPLET_MAX_HEAD_DIM]);
+  int32_t const lane = gpu::lane_id();
+  float* const values = points[threadIdx.x / warp_lanes];
+  uint32_t const unit = blockIdx.x * (block_threads / warp_lanes) + threadIdx.x / warp_lanes;
+  int32_t const row = static_cast<int32_t>(unit / call.row_units);
+  if (row < call.kv_heads * call.groups) {  // the whole warp or none of it
+    int32_t const kv_head = row / call.groups;
+    int32_t const group = row % call.groups;
+    int32_t const channels = call.group_channels;
+    int32_t const centroids = 1 << call.code_bits;
+    const float* const table = table_rows(call, kv_head, group);
+    uint32_t const octet = unit % call.row_units;
+    int32_t const octet_token = call.octets.token(octet);
+    int32_t const first = max(0, -octet_token);
+    int32_t const end = min(8, call.octets.tokens - octet_token);
+    Octet codes{};
+    for (int32_t slot = first; slot < end; ++slot) {
+      Point const point = point_of(call, octet_token + slot, kv_head, group);
+      __syncwarp();  // all lanes have read the token before
+      for (int32_t c = lane; c < channels; c += warp_lanes) {
+        values[c] = point[c];
+        if (!is_finite(values[c])) note_not_finite(call, octet_token + slot, kv_head, group * channels + c);
+      }
+      __syncwarp();
+      float best = __uint_as_float(0x7f800000u);
+      int32_t code = 0;
+      for (int32_t k = lane; k < centroids; k += warp_lanes) {
+        float distance = 0;
+        for (int32_t c = 0; c < channels; ++c) {
+          float const difference = __fsub_rn(values[c], __ldg(table + k * channels + c));
+          distance = __fmaf_rn(difference, difference, distance);
+        }
+        if (distance < best) {
+          best = distance;
+          code = k;
+        }
+      }
+      // Distances are not negative, so their bits are in their order; lanes that found nothing have infinity and centroid 0.
+      unsigned const least = __reduce_min_sync(~0u, __float_as_uint(best));
+      int32_t found = static_cast<int32_t>(
+          __reduce_min_sync(~0u, __float_as_uint(best) == least ? static_cast<unsigned>(code) : ~0u));
+      if (!is_trusted(__uint_as_float(least))) {
+        if (lane == 0) found = nearest_in_double(values, table, channels, centroids, found);
+        found = __shfl_sync(~0u, found, 0);
+      }
+      codes.quads[0] |= slot < 4 ? static_cast<uint64_t>(found) << (slot * call.code_bits) : 0;
+      codes.quads[1] |= slot < 4 ? 0 : static_cast<uint64_t>(found) << ((slot - 4) * call.code_bits);
+    }
+    if (lane == 0)
+      store_octet(call.octets.address(octet, kv_head, group, call.code_bits), call.code_bits, codes, first, end);
+  }
+  finish(call);
+}
+
+// ---- launcher ----------------------------------------------------------------------------------------------------------------
+struct Selection {
+  void (*kernel)(Call);
+  uint32_t block_octets;  // of one kv head and group; 0: a warp has one
+  const char* name;
+};
+
+Selection select(const couplet_encode_params& p) {
+  if (p.tokens >= least_tile_tokens) switch (p.codec.group_channels) {
+      case 1: return {encode_tokens<1>, block_octets, "tokens"};
+      case 2: return {encode_tokens<2>, block_octets, "tokens"};
+      case 4: return {encode_tokens<4>, block_octets, "tokens"};
+      case 8: return {encode_tokens<8>, block_octets, "tokens"};
+      case 16: return {encode_tokens<16>, block_octets, "tokens"};
+      default: break;
+    }
+  return {encode_centroids, 0, "centroids"};
+}
+
+// Of units of one kv head and group, and of blocks in all.
+struct Grid {
+  int64_t row_units;
+  int64_t blocks;
+};
+
+Grid grid_of(const couplet_encode_params& p, const Selection& selection, const Octets& octets) {
+  int64_t const rows = int64_t{p.kv_heads} * couplet_codec_groups(p.codec, p.head_dim);
+  if (selection.block_octets == 0) {
+    constexpr int64_t block_warps = block_threads / warp_lanes;
+    return {octets.count, (octets.count * rows + block_warps - 1) / block_warps};
+  }
+  int64_t const tiles = (int64_t{octets.count} + selection.block_octets - 1) / selection.block_octets;
+  return {tiles, tiles * rows};
+}
+
+couplet_status check(const couplet_encode_params* params, couplet_report* report) {
+  if (couplet_status const status = check_pages(params, report)) return status;
+  couplet_encode_params const& p = *params;
+  if (p.tokens == 0 || grid_of(p, select(p), octets_of(p)).blocks <= most_blocks / (block_threads / warp_lanes))
+    return COUPLET_OK;
+  return fail(report, COUPLET_INVALID_ARGUMENT, {},
+              "Expected fewer than %d tokens for %d kv heads of %d groups in one call", p.tokens, p.kv_heads,
+              couplet_codec_groups(p.codec, p.head_dim));
+}
+
+size_t workspace_bytes(const couplet_encode_params*) { return (sizeof(State) + 63) / 64 * 64; }
+
+couplet_status run(const couplet_encode_params* params, void* workspace, void* stream, couplet_report* report) {
+  if (couplet_status const status = check(params, report)) return status;
+  couplet_encode_params const& p = *params;
+  if (!workspace) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected workspace but received NULL");
+  auto const handle = static_cast<cudaStream_t>(stream);
+  State* const state = static_cast<State*>(workspace);
+  if (couplet_status const status = status_of(cudaMemsetAsync(state, 0, sizeof(State), handle), report, "encode"))
+    return status;
+  if (p.tokens == 0) return COUPLET_OK;
+
+  Selection const selection = select(p);
+  Octets const octets = octets_of(p);
+  Grid const grid = grid_of(p, selection, octets);
+  Call const call = {
+      .rows = p.rows,
+      .table = table_of(p.table)->rows,
+      .state = state,
+      .octets = octets,
+      .token_stride = p.token_stride,
+      .head_stride = p.head_stride,
+      .row_units = static_cast<uint32_t>(grid.row_units),
+      .dtype = p.dtype,
+      .kv_heads = p.kv_heads,
+      .head_dim = p.head_dim,
+      .groups = couplet_codec_groups(p.codec, p.head_dim),
+      .group_channels = p.codec.group_channels,
+      .code_bits = p.codec.code_bits,
+  };
+  return status_of(gpu::launch(selection.kernel, static_cast<unsigned>(grid.blocks), block_threads, 0, handle, call),
+                   report, "encode");
+}
+
+void describe(const couplet_encode_params* params, char* text, size_t text_bytes) {
+  if (!text || text_bytes == 0) return;
+  text[0] = 0;
+  if (check(params, nullptr) != COUPLET_OK) return;
+  std::snprintf(text, text_bytes, "encode gpu %dc%db %s across %s", params->codec.group_channels,
+                params->codec.code_bits, dtype_name(params->dtype), select(*params).name);
+}
+
+}  // namespace
+
+const couplet_encode_entries encode_entries = {
+    .check = check,
+    .workspace = workspace_bytes,
+    .run = run,
+    .describe = describe,
+};
+
+}  // namespace couplet::cuda

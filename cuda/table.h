@@ -1,0 +1,35 @@
+// The centroids of one layer and side in device memory. The struct itself lives on the host; kernels get its pointers.
+//
+// A new order of the centroids is a new member here, made in create (table.cu) beside a comment that gives its shape, its type and
+// who reads it.
+#pragma once
+
+#include "../native/abi/operations.h"
+#include "gpu.h"
+
+namespace couplet::cuda {
+
+struct Table {
+  couplet_codec codec;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t groups;     // head_dim / group_channels
+  int32_t centroids;  // of one group: 2^code_bits
+  size_t bytes;       // of this struct and all it owns
+
+  // Device, float32 [kv_heads][groups][centroids][group_channels], as given.
+  float* rows;
+  // Device, float16 [kv_heads][groups / 8][256][8 groups][8 channels], 8c8b alone: the 16-byte rows of 8 groups side by side, so that
+  // group g keeps to banks 4 (g % 8) to 4 (g % 8) + 3 whatever the code is. Read by attend/lookup. NULL for other codecs, for groups
+  // that are no multiple of 8, and where a centroid is too large for float16 once it is rotated.
+  __half* banked;
+};
+
+// The opaque handles of the waist are these structs.
+inline const Table* table_of(const couplet_table* table) { return reinterpret_cast<const Table*>(table); }
+
+// Why `table` cannot serve an operation that was given these shapes; COUPLET_OK when it can.
+couplet_status check_table(const couplet_table* table, const char* name, couplet_codec codec, int32_t kv_heads, int32_t head_dim,
+                           couplet_report* report);
+
+}  // namespace couplet::cuda

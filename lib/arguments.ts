@@ -2,7 +2,7 @@
  * What the facade asks of arguments before it allocates results: counts, and typed arrays that reach far enough.
  * native/binding reads every argument again (values.h), in the same words, because memory safety is decided there.
  */
-import { CoupletError, describe, throwExpected, typeError } from './errors'
+import { CoupletError, describe, isDetached, throwExpected, typeError } from './errors'
 
 export type Float16ArrayLike = ArrayBufferView & { readonly length: number; readonly [Symbol.toStringTag]: 'Float16Array' }
 
@@ -40,6 +40,11 @@ export function requireArray<Kind extends TypedArray>(
   const article = kind.name.startsWith('I') ? 'an' : 'a'
   if (!isArray(value, kind)) throw typeError(`Expected ${article} ${kind.name} for \`${name}\` but received ${describe(value)}`)
   if (value.length < leastLength) throwExpected(`${article} ${kind.name} of ${leastLength} or more elements`, name, value, true)
+}
+
+/** Refuses an array whose buffer was transferred away: its length is 0, but a view of its buffer throws without a code. */
+export function requireAttached(array: TypedArray, name: string): void {
+  if (isDetached(array.buffer)) throwExpected('an array whose buffer is still its own', name, array, true)
 }
 
 /** A zero-filled typed array for a result, or the caller's own after a check. */

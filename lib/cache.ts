@@ -9,6 +9,9 @@ import { abortable, refusePromiseOptions } from './native/call'
 
 const int32Max = 2 ** 31 - 1
 
+/** As many as a codebook file may claim; each gets an entry on the JavaScript heap. */
+const mostLayers = 65536
+
 /** Positions that angles are prepared for when only `theta` is given. */
 const defaultPositions = 2 ** 20
 
@@ -164,7 +167,7 @@ export class Cache {
     if (codebook !== undefined && !(codebook instanceof Codebook)) throwExpected('a Codebook', 'codebook', codebook)
     const { layers = codebook?.layers, kvHeads = codebook?.kvHeads, headDim = codebook?.headDim } = options
     const { window = codebook === undefined ? Infinity : 32 } = options
-    requireInteger(layers, 'layers', 1)
+    requireInteger(layers, 'layers', 1, mostLayers)
     requireInteger(kvHeads, 'kvHeads', 1)
     requireInteger(headDim, 'headDim', 32, 256)
     requireInteger(queryHeads, 'queryHeads', 1)
@@ -172,6 +175,7 @@ export class Cache {
     if (window !== Infinity) requireInteger(window, 'window', 0)
     if (threads !== undefined) requireInteger(threads, 'threads', 0, 256)
     if (memory !== Infinity) requireInteger(memory, 'memory', 1, Number.MAX_SAFE_INTEGER)
+    if (rotary !== undefined && rotary !== null) requireObject(rotary, 'rotary')
     const attention = nativeLayers(options.layerOptions, layers, { queryHeads, headDim, rotary })
     codebook?.check({ layers, kvHeads, headDim, ...(rotary && { rotary: rotarySpec(rotary, headDim) }) })
 

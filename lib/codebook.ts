@@ -5,7 +5,7 @@ import type { CodebookMetadata, CodebookShape, LearnedFrom, RotarySpec } from '.
 import { readMetadata, readShape, writeMetadata } from './codebook-metadata'
 import type { Codec, CodecLike } from './codec'
 import { codec } from './codec'
-import { CoupletError, disposedError, throwExpected, typeError } from './errors'
+import { CoupletError, describe, disposedError, throwExpected, typeError } from './errors'
 import { parseJson } from './json'
 import type { TensorType } from './safetensors'
 
@@ -138,7 +138,7 @@ export class Codebook {
     const known = { layers, kvHeads, headDim, rotary: metadata.rotary, model: metadata.model }
     const names = (['layers', 'kvHeads', 'headDim', 'rotary', 'model'] as const).filter((name) => differs(expected[name], known[name]))
     if (names.length === 0) return
-    const side = (values: ExpectedCodebook | typeof known): string => names.map((name) => `${name} ${JSON.stringify(values[name])}`).join(', ')
+    const side = (values: ExpectedCodebook | typeof known): string => names.map((name) => `${name} ${jsonText(values[name])}`).join(', ')
     throw new CoupletError('ERR_COUPLET_CODEBOOK_MISMATCH', `Expected a codebook for ${side(expected)} but received one for ${side(known)}`)
   }
 
@@ -160,7 +160,24 @@ export class Codebook {
 function checkedMetadata(shape: CodebookShape, given: Partial<CodebookMetadata> = {}): CodebookMetadata {
   const { rotary = null, model = null, learned = null } = given
   // Through the text that a file would hold: what a file could not say is refused here already.
-  return readMetadata(parseJson(writeMetadata(shape, { formatVersion: 1, rotary, model, learned }))).metadata
+  return readMetadata(parseJson(metadataText(shape, { formatVersion: 1, rotary, model, learned }))).metadata
+}
+
+function metadataText(shape: CodebookShape, metadata: CodebookMetadata): string {
+  try {
+    return writeMetadata(shape, metadata)
+  } catch (cause) { // a bigint, a circle
+    throw Object.assign(typeError(`Expected values that JSON can hold for \`metadata\`: ${cause instanceof Error ? cause.message : String(cause)}`), { cause })
+  }
+}
+
+/** For a sentence: what JSON cannot hold is described. */
+function jsonText(value: unknown): string {
+  try {
+    return JSON.stringify(value)
+  } catch {
+    return describe(value)
+  }
 }
 
 function checkedTable(table: unknown, name: string, layer: number, elements: number): Float32Array {

@@ -98,7 +98,7 @@ export function describe(value: unknown): string {
   return `${kind.startsWith('I') ? 'an' : 'a'} ${kind} ${extent}`
 }
 
-function isDetached(buffer: ArrayBufferLike): boolean {
+export function isDetached(buffer: ArrayBufferLike): boolean {
   try {
     new Uint8Array(buffer) // the one test that Node 20 has: ArrayBuffer.prototype.detached is newer
     return false

@@ -2,13 +2,14 @@
  * float16 (IEEE 754 binary16) for a runtime without Float16Array: the bits of the numbers, in Uint16Arrays.
  * Both directions are exact; float32 to float16 rounds to nearest, ties to even, and overflows to infinity from 65520 on.
  */
-import { requireArray, resultArray } from './arguments'
+import { requireArray, requireAttached, resultArray } from './arguments'
 
 const scratch = new DataView(new ArrayBuffer(4))
 
 /** Element i of the result is the float16 nearest to values[i]. A NaN stays a quiet NaN with the high bits of its payload. */
 export function float16FromFloat32(values: Float32Array, out?: Uint16Array): Uint16Array {
   requireArray(values, 'values', Float32Array, 0)
+  requireAttached(values, 'values')
   const halves = resultArray(out, Uint16Array, values.length)
   const bits = new Uint32Array(values.buffer, values.byteOffset, values.length)
   for (let index = 0; index < bits.length; index++) halves[index] = narrow(bits[index] ?? 0)
@@ -19,6 +20,7 @@ export function float16FromFloat32(values: Float32Array, out?: Uint16Array): Uin
 export function float32FromFloat16(bits: Uint16Array, out?: Float32Array): Float32Array {
   requireArray(bits, 'bits', Uint16Array, 0)
   const values = resultArray(out, Float32Array, bits.length)
+  requireAttached(values, 'out')
   const outBits = new Uint32Array(values.buffer, values.byteOffset, values.length)
   for (let index = 0; index < bits.length; index++) outBits[index] = widen(bits[index] ?? 0)
   return values

@@ -17,6 +17,16 @@ void gather_pages(const Region& region, StepRowState* row, int64_t sinks) {
   }
 }
 
+// Whether the backend has so much at all. A system that overcommits grants small pieces without end and ends the process
+// when they are touched; one piece of the whole size it refuses.
+bool obtainable(const couplet_memory_entries& memory, int64_t bytes) {
+  constexpr int64_t gibibyte = int64_t{1} << 30;
+  if (bytes < gibibyte) return true;
+  void* const probe = memory.allocate(static_cast<size_t>(bytes));
+  if (probe) memory.release(probe, static_cast<size_t>(bytes));
+  return probe != nullptr;
+}
+
 }  // namespace
 
 couplet_status Cache::State::plan(std::span<const StepRow> rows, std::vector<StepRowState>* out,
@@ -74,8 +84,8 @@ couplet_status Cache::State::reserve(std::vector<StepRowState>* rows, couplet_re
                 static_cast<long long>(std::max<int64_t>(0, pool.budget_bytes() - pool.used_bytes())),
                 static_cast<long long>(pool.budget_bytes()));
   }
+  bool complete = obtainable(backend->memory, needed);
   for (StepRowState& row : *rows) {
-    bool complete = true;
     for_each_tail(&row, [&](const Region& region, Tail* tail) {
       for (int64_t index = tail->first; index < tail->end() && complete; ++index) {
         BlockRef& block = tail->blocks[static_cast<size_t>(index - tail->first)];

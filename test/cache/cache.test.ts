@@ -61,6 +61,8 @@ describe('Cache', () => {
 
   const refused: [string, object, RegExp][] = [
     ['no options', undefined as never, /`options`/],
+    ['layers beyond all sense', { queryHeads: 4, kvHeads: 2, layers: 2 ** 31 - 1, headDim: 32 }, /from 1 to 65536 for `layers`/],
+    ['a rotary that is a string', { queryHeads: 4, kvHeads: 2, layers: 1, headDim: 32, rotary: 'half' }, /an object for `rotary`/],
     ['no shape', { queryHeads: 4 }, /`layers`/],
     ['heads that do not divide', { ...options, queryHeads: 3 }, /queryHeads a multiple of kvHeads/],
     ['a headDim of 36', { queryHeads: 2, kvHeads: 2, layers: 1, headDim: 36 }, /multiple of 8.*36/],
@@ -240,6 +242,14 @@ describe('Step', () => {
     const cache = new Cache(options)
     return cache.begin([{ sequence: cache.sequence(), tokens }])
   }
+
+  it('refuses at once more tokens than the machine has memory for', function () {
+    if (process.env.ASAN_OPTIONS !== undefined) this.skip() // its allocator ends the process where malloc returns null
+    using cache = new Cache(shape)
+    const sequence = cache.sequence()
+    assert.throws(() => cache.begin([{ sequence, tokens: 2 ** 31 - 1 }]), { code: 'ERR_COUPLET_OUT_OF_MEMORY', message: /\d+ bytes/ })
+    cache.begin([{ sequence, tokens: 1 }]).abort()
+  })
 
   it('refuses rows that make no step', () => {
     const [cache, other] = [new Cache(options), new Cache(options)]

@@ -192,6 +192,11 @@ describe('Codebook', () => {
       assert.throws(() => Codebook.fromTables(change(sampleTables()) as never), { code: 'ERR_COUPLET_INVALID_ARGUMENT', ...error })
     })
 
+  it('refuses metadata that JSON cannot hold', () => {
+    const learned = 5n as never
+    assert.throws(() => Codebook.fromTables({ ...sampleTables(), metadata: { learned } }), { code: 'ERR_COUPLET_INVALID_ARGUMENT', message: /`metadata`.*BigInt/ })
+  })
+
   it('refuses a NaN and names the layer', () => {
     const tables = sampleTables()
     tables.valueTables[1]?.fill(NaN, 9, 10)

@@ -69,6 +69,14 @@ describe('float16', () => {
     assert.deepEqual([...wide], [1, -2, 0.5])
   })
 
+  it('refuses arrays whose buffer was transferred away', () => {
+    const gone = new Float32Array(4)
+    structuredClone(gone.buffer, { transfer: [gone.buffer] })
+    const detached = { code: 'ERR_COUPLET_INVALID_ARGUMENT', message: /whose buffer is detached/ }
+    assert.throws(() => float16FromFloat32(gone), detached)
+    assert.throws(() => float32FromFloat16(new Uint16Array(0), gone), detached)
+  })
+
   it('refuses other arrays, and an out that is too short', () => {
     const invalid = { code: 'ERR_COUPLET_INVALID_ARGUMENT' }
     assert.throws(() => float16FromFloat32([1] as never), { ...invalid, name: 'TypeError', message: /`values`/ })

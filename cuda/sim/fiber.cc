@@ -145,8 +145,11 @@ Fiber::~Fiber() {
   munmap(stack_ - page_bytes(), stack_bytes + page_bytes());
 }
 
-void Fiber::restart() {
+void Fiber::restart([[maybe_unused]] void* tag) {
 #ifdef SIM_TSAN
+  check_race_as(race_checker_);
+  __tsan_release(tag);
+  check_race_as(scheduler_race_checker);
   __tsan_destroy_fiber(race_checker_);  // its shadow call stack stands in the middle of a kernel
 #endif
   prepare();

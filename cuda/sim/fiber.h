@@ -13,9 +13,12 @@ class Fiber {
   Fiber& operator=(const Fiber&) = delete;
   ~Fiber();
 
-  void enter();    // from the scheduler; returns when the fiber leaves
-  void leave();    // from the fiber itself
-  void restart();  // from the scheduler: drops whatever the fiber was in the middle of, so that it enters `body` anew
+  void enter();  // from the scheduler; returns when the fiber leaves
+  void leave();  // from the fiber itself
+
+  // From the scheduler: drops whatever the fiber was in the middle of, so that it enters `body` anew. What it did before is
+  // ordered before acquire(tag).
+  void restart(void* tag);
 
  private:
   void prepare();

@@ -97,7 +97,7 @@ void pause() { running().fiber.leave(); }
 bool shuffled() { return options().schedule == Schedule::shuffled; }
 
 [[gnu::format(printf, 1, 2)]] std::string text_of(const char* format, ...) {
-  char text[512];
+  char text[1024];
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(text, sizeof text, format, arguments);
@@ -105,9 +105,13 @@ bool shuffled() { return options().schedule == Schedule::shuffled; }
   return text;
 }
 
-std::string position(Location where) {
-  return text_of("%s:%u", where.file_name(), static_cast<unsigned>(where.line()));
-}
+// No string: a fiber that fails is dropped with all that it owns.
+struct Position {
+  explicit Position(Location where) {
+    std::snprintf(text, sizeof text, "%s:%u", where.file_name(), static_cast<unsigned>(where.line()));
+  }
+  char text[256];
+};
 
 std::string name_of(const uint3& index) { return text_of("(%u,%u,%u)", index.x, index.y, index.z); }
 
@@ -197,7 +201,7 @@ void end_block(Block& block) {
       keep_failure(text_of("block %s wrote outside its shared memory, beside the %s variable of %zu bytes",
                            name_of(block.index).c_str(), region->key() ? "static" : "dynamic", region->bytes()));
   for (GpuThread* thread : block.threads) {
-    if (thread->state != State::finished) thread->fiber.restart();
+    if (thread->state != State::finished) thread->fiber.restart(&run_state.exit_tag);
     thread->state = State::finished;
     pool.push_back(thread);
   }
@@ -243,7 +247,7 @@ void describe_stuck(const Block& block, std::string& text) {
       if (thread.state == State::in_collective) text += text_of("for lanes %08x of their warp, ", thread.mask);
       if (thread.state == State::at_barrier) text += text_of("at barrier %d, ", thread.barrier);
       if (thread.state == State::ready) text += "in a loop, ";
-      text += position(thread.where);
+      text += Position(thread.where).text;
     }
     first = last + 1;
   }
@@ -332,9 +336,9 @@ void fail(Location where, const char* format, ...) {
   va_end(arguments);
   if (!place) {
     std::lock_guard const lock(device);
-    return keep_failure(text_of("%s: %s", position(where).c_str(), message));
+    return keep_failure(text_of("%s: %s", Position(where).text, message));
   }
-  keep_failure(text_of("%s: %s (block %s, thread %s)", position(where).c_str(), message, name_of(place->block).c_str(),
+  keep_failure(text_of("%s: %s (block %s, thread %s)", Position(where).text, message, name_of(place->block).c_str(),
                        name_of(place->thread).c_str()));
   pause();  // for ever: the launch is over
 }
@@ -389,10 +393,10 @@ bool come(Barrier& barrier, int id, unsigned threads, Location where) {
       fail(where, "a barrier that lane %zu of this warp will never come to: it has exited", other - warp_begin);
   if (barrier.arrived && barrier.expected != threads)
     fail(where, "barrier %d of %u threads, while others wait at it as one of %u, %s", id, threads, barrier.expected,
-         position(barrier.where).c_str());
+         Position(barrier.where).text);
   if (threads == 0 && barrier.arrived &&
       (barrier.where.line() != where.line() || std::strcmp(barrier.where.file_name(), where.file_name()) != 0))
-    fail(where, "threads of one block meet at different barriers; others wait at %s", position(barrier.where).c_str());
+    fail(where, "threads of one block meet at different barriers; others wait at %s", Position(barrier.where).text);
   barrier.expected = threads;
   barrier.where = where;
   return ++barrier.arrived == (threads ? threads : block.alive);
@@ -451,7 +455,7 @@ void collective(Operation operation, uint32_t mask, void* operand, Location wher
                           std::strcmp(other.where.file_name(), where.file_name()) == 0);
     if (other.operation != operation || other.mask != mask || !same_place)
       fail(where, "lane %u (mask %08x) meets lane %u in another collective (mask %08x), %s", lane, mask,
-           other.linear % warp_lanes, other.mask, position(other.where).c_str());
+           other.linear % warp_lanes, other.mask, Position(other.where).text);
   }
   warp.waiting |= bit;
   if ((warp.waiting & mask) == mask) {

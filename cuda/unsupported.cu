@@ -41,7 +41,6 @@ using Rotary = UnsupportedObject<couplet_rotary_params, couplet_rotary>;
 }  // namespace
 
 const couplet_rotary_entries rotary_entries = {Rotary::create, Rotary::destroy, Rotary::bytes};
-const couplet_kmeans_entries kmeans_entries = entries_of<couplet_kmeans_entries, Unsupported<couplet_kmeans_params>>();
 const couplet_attend_entries attend_entries = entries_of<couplet_attend_entries, Unsupported<couplet_attend_params>>();
 const couplet_attention_weights_entries attention_weights_entries =
     entries_of<couplet_attention_weights_entries, Unsupported<couplet_attention_weights_params>>();

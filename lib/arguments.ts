@@ -17,6 +17,21 @@ export function requireInteger(value: unknown, name: string, least: number, most
     throwExpected(`an integer from ${least} to ${most}`, name, value, typeof value === 'number')
 }
 
+export function requireText(value: unknown, name: string): asserts value is string {
+  if (typeof value !== 'string') throwExpected('a string', name, value)
+}
+
+export function requireSignal(signal: unknown): asserts signal is AbortSignal | undefined {
+  const isSignal = typeof signal === 'object' && signal !== null && 'aborted' in signal && 'addEventListener' in signal
+  if (signal !== undefined && !isSignal) throwExpected('an AbortSignal', 'signal', signal)
+}
+
+/** What every call that reports and can be cancelled takes. */
+export function requireCallOptions({ signal, onProgress }: { signal?: unknown; onProgress?: unknown }): void {
+  requireSignal(signal)
+  if (onProgress !== undefined && typeof onProgress !== 'function') throwExpected('a function', 'onProgress', onProgress)
+}
+
 type TypedArray = ArrayBufferView & { readonly length: number }
 
 /** A typed array's class, as far as it is used here. */

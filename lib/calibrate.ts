@@ -1,8 +1,9 @@
 import { createHash } from 'node:crypto'
+import { requireCallOptions, requireInteger, requireObject } from './arguments'
 import { chunks } from './chunks'
 import { type Codec, codec as parseCodec } from './codec'
 import { Codebook } from './codebook'
-import { rangeError, typeError } from './errors'
+import { rangeError, throwExpected, typeError } from './errors'
 import { kmeans } from './kmeans'
 import { Capture } from './onnx/capture'
 import { DecoderModel } from './onnx/model'
@@ -52,7 +53,7 @@ export interface Captured {
   readonly weights: WeightKind
   /** Tokens run. */
   readonly tokens: number
-  /** SHA-256 of the text. */
+  /** SHA-256 of the token ids that were run, uint32 little-endian, in hexadecimal digits. */
   readonly text: string
   dispose(): void
   [Symbol.dispose](): void
@@ -65,7 +66,12 @@ export interface Captured {
  * @throws {RangeError} `ERR_COUPLET_INVALID_ARGUMENT` when the text has no token
  */
 export async function captureActivations(model: DecoderModel, options: CaptureActivationsOptions): Promise<Captured> {
+  requireModel(model)
+  requireObject(options, 'options')
   const { length = 512, points = 32768, weights = 'uniform', seed = 0, signal, onProgress, directory } = options
+  requireInteger(length, 'length', 1)
+  requireInteger(points, 'points', 1)
+  requireCallOptions(options)
   const tokens = await tokenIds(options.text, directory)
   if (tokens.length === 0) throw rangeError('Expected a text of at least one token for `text` but received an empty one')
   const capture = new Capture({ model, points: Math.min(points, tokens.length), weights, seed })
@@ -90,15 +96,18 @@ export async function captureActivations(model: DecoderModel, options: CaptureAc
  * a (layer, kv head, group).
  */
 export async function learnCodebook(captured: Captured, options: LearnOptions): Promise<Codebook> {
+  requireObject(captured, 'captured')
+  requireObject(options, 'options')
   const { capture, model } = captured
+  requireModel(model)
+  requireCallOptions(options)
   const { layers, kvHeads, headDim, rotary } = model.shape
   const { iterations = 100, seed = 0, threads, signal, onProgress } = options
-  const codecs = bothSides(options.codec)
+  const codecs = bothSides(options.codec, headDim)
 
   const learnSide = async (side: 'key' | 'value', offset: number): Promise<Float32Array[]> => {
     const { groupChannels, centroids } = codecs[side]
     const groups = headDim / groupChannels
-    if (!Number.isInteger(groups)) throw rangeError(`Expected a codec whose group channels divide headDim ${headDim} but received "${codecs[side].name}"`)
     const weights = side === 'key' ? capture.keyWeights : capture.valueWeights
     const result = await kmeans(side === 'key' ? capture.keys : capture.values, {
       problems: layers * kvHeads * groups,
@@ -138,7 +147,7 @@ export async function learnCodebook(captured: Captured, options: LearnOptions): 
 }
 
 export interface CalibrateOptions extends CaptureActivationsOptions, LearnOptions {
-  /** Directory of the model (config.json, tokenizer.json, onnx/model.onnx). */
+  /** Directory of the model (tokenizer.json, onnx/model.onnx). */
   model: string
 }
 
@@ -150,8 +159,10 @@ export interface CalibrateOptions extends CaptureActivationsOptions, LearnOption
  * await codebook.save('tiny.cq-8c8b.safetensors')
  */
 export async function calibrate(options: CalibrateOptions): Promise<Codebook> {
+  requireObject(options, 'options')
   const model = await DecoderModel.load(options.model, options.threads === undefined ? {} : { threads: options.threads })
   try {
+    bothSides(options.codec, model.shape.headDim) // before the text is run, which may take long
     using captured = await captureActivations(model, { ...options, directory: options.model })
     return await learnCodebook(captured, options)
   } finally {
@@ -161,14 +172,28 @@ export async function calibrate(options: CalibrateOptions): Promise<Codebook> {
 
 /** Token ids as they are, or of a text by the tokenizer of a model directory. */
 export async function tokenIds(text: string | ArrayLike<number>, directory: string | undefined): Promise<ArrayLike<number>> {
-  if (typeof text !== 'string') return text
+  if (typeof text !== 'string') {
+    if (!Array.isArray(text) && !ArrayBuffer.isView(text)) throwExpected('a string or an array of token ids', 'text', text)
+    return text
+  }
   if (directory === undefined) throw typeError('Expected token ids for `text`, or the `directory` of a tokenizer, but received a text alone')
   return (await loadTokenizer(directory)).encode(text)
 }
 
-function bothSides(given: LearnOptions['codec']): { key: Codec; value: Codec } {
-  if (typeof given === 'object' && 'key' in given) return { key: parseCodec(given.key), value: parseCodec(given.value) }
-  const both = parseCodec(given)
+export function requireModel(model: unknown): asserts model is DecoderModel {
+  if (!(model instanceof DecoderModel)) throwExpected('a DecoderModel', 'model', model)
+}
+
+function bothSides(given: LearnOptions['codec'] | null, headDim: number): { key: Codec; value: Codec } {
+  const parse = (like: string | Codec): Codec => {
+    const codec = parseCodec(like)
+    if (headDim % codec.groupChannels !== 0)
+      throw rangeError(`Expected a codec whose group channels divide headDim ${headDim} but received "${codec.name}"`)
+    return codec
+  }
+  if (given === null) throwExpected('a codec', 'codec', given)
+  if (typeof given === 'object' && 'key' in given) return { key: parse(given.key), value: parse(given.value) }
+  const both = parse(given)
   return { key: both, value: both }
 }
 

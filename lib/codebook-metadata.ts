@@ -25,7 +25,7 @@ export interface LearnedFrom {
   /** Decimal digits of a 64-bit number. */
   seed: string
   tokens: number
-  /** SHA-256 of the text, in hexadecimal digits. */
+  /** SHA-256 of the text's token ids, uint32 little-endian, in hexadecimal digits. */
   text?: string
   /** ISO 8601. */
   date?: string

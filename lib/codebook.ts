@@ -1,4 +1,4 @@
-import { isArray, requireObject } from './arguments'
+import { isArray, requireObject, requireSignal, requireText } from './arguments'
 import type { CodebookContents } from './codebook-file'
 import { readBuffer, readFile, readFileSync, tableElements, writeBuffer, writeFile, writeFileSync } from './codebook-file'
 import type { CodebookMetadata, CodebookShape, LearnedFrom, RotarySpec } from './codebook-metadata'
@@ -67,11 +67,15 @@ export class Codebook {
 
   /** Reads a file. Rejects with the reason of `signal` when that fires before the end. */
   static async load(path: string, options: { signal?: AbortSignal | undefined } = {}): Promise<Codebook> {
+    requireText(path, 'path')
+    requireObject(options, 'options')
+    requireSignal(options.signal)
     return new Codebook(await readFile(path, options.signal))
   }
 
   /** {@link load}, blocking. */
   static loadSync(path: string): Codebook {
+    requireText(path, 'path')
     return new Codebook(readFileSync(path))
   }
 
@@ -105,11 +109,13 @@ export class Codebook {
 
   /** Writes a file: under another name, then renamed, so that `path` never holds half of one. */
   async save(path: string, options: SaveOptions = {}): Promise<void> {
+    requireText(path, 'path')
     await writeFile(path, this.#use(), tensorType(options))
   }
 
   /** {@link save}, blocking. */
   saveSync(path: string, options: SaveOptions = {}): void {
+    requireText(path, 'path')
     writeFileSync(path, this.#use(), tensorType(options))
   }
 

@@ -1,3 +1,4 @@
+import { requireCallOptions, requireObject } from './arguments'
 import { tokenIds } from './calibrate'
 import { chunks, countChunks } from './chunks'
 import { Codebook } from './codebook'
@@ -46,8 +47,10 @@ export interface Evaluation {
  * @throws {CoupletError} `ERR_COUPLET_CODEBOOK_MISMATCH` for a codebook of another model
  */
 export async function evaluate(options: EvaluateOptions): Promise<Evaluation> {
+  requireObject(options, 'options')
   const { length = 512, window = 32, sinks = 4, threads, signal, onProgress } = options
   if (!Number.isInteger(length) || length < 2) throwExpected('an integer of at least 2', 'length', length, typeof length === 'number')
+  requireCallOptions(options)
   const tokens = await tokenIds(options.text, options.model)
   if (tokens.length < 2) throw rangeError(`Expected a text of at least 2 tokens for \`text\` but received ${tokens.length}`)
   const own = typeof options.codebook === 'string'

@@ -1,4 +1,6 @@
-import { rangeError } from './errors'
+import { requireInteger, requireObject, requireSignal, requireText } from './arguments'
+import { requireModel } from './calibrate'
+import { rangeError, throwExpected } from './errors'
 import type { DecoderModel } from './onnx/model'
 import type { Sequence } from './cache'
 import { loadTokenizer } from './tokenizer'
@@ -21,7 +23,15 @@ export interface GenerateOptions {
 
 /** Writes on from a prompt; yields the text as it comes, in whole characters. */
 export async function* generate(model: DecoderModel, options: GenerateOptions): AsyncGenerator<string, void, void> {
+  requireModel(model)
+  requireObject(options, 'options')
   const { tokens: most = 256, temperature = 0, seed = 0, stop = [], signal } = options
+  requireText(options.prompt, 'prompt')
+  requireInteger(most, 'tokens', 0)
+  requireInteger(seed, 'seed', 0, Number.MAX_SAFE_INTEGER)
+  if (!(temperature >= 0)) throwExpected('a number of at least 0', 'temperature', temperature, typeof temperature === 'number')
+  if (!Array.isArray(stop)) throwExpected('an array of token ids', 'stop', stop)
+  requireSignal(signal)
   const tokenizer = await loadTokenizer(options.directory)
   const prompt = tokenizer.encode(options.prompt)
   if (prompt.length === 0) throw rangeError('Expected a text of at least one token for `prompt` but received an empty one')

@@ -1,5 +1,4 @@
-import { extent, requireArray, requireInteger, requireObject, resultArray } from './arguments'
-import { throwExpected } from './errors'
+import { extent, requireArray, requireCallOptions, requireInteger, requireObject, resultArray } from './arguments'
 import { addon } from './native/addon'
 import { abortable, refusePromiseOptions } from './native/call'
 import type { NativeKmeansArguments } from './native/operations'
@@ -89,7 +88,7 @@ export interface KmeansResult {
 export async function kmeans(points: Float32Array, options: KmeansOptions): Promise<KmeansResult> {
   const call = prepare(points, options)
   const { onProgress } = options
-  if (onProgress !== undefined && typeof onProgress !== 'function') throwExpected('a function', 'onProgress', onProgress)
+  requireCallOptions(options)
   await abortable(options.signal, (cancel) =>
     addon().kmeans({
       ...call,

@@ -1,6 +1,7 @@
 import { readFile } from 'node:fs/promises'
 import path from 'node:path'
 import { Tokenizer } from '@huggingface/tokenizers'
+import { requireText } from './arguments'
 import { CoupletError } from './errors'
 
 // The declarations of this release import each other in a way that Node's module resolution does not follow, and come out untyped.
@@ -21,6 +22,7 @@ export interface TextTokenizer {
  * @throws {CoupletError} `ERR_COUPLET_UNSUPPORTED_MODEL` when the directory has no tokenizer that can be read.
  */
 export async function loadTokenizer(directory: string): Promise<TextTokenizer> {
+  requireText(directory, 'directory')
   const file = path.join(directory, 'tokenizer.json')
   let definition: unknown
   try {

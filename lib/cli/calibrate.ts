@@ -1,4 +1,5 @@
-import { readFile } from 'node:fs/promises'
+import { access, constants, readFile } from 'node:fs/promises'
+import { dirname, resolve } from 'node:path'
 import { Command, Option } from 'commander'
 import { calibrate, type WeightKind } from '../calibrate'
 import { codecName, integer, lengthOption, modelOption, seedOption, threadsOption } from './options'
@@ -34,6 +35,7 @@ export function calibrateCommand(signal: AbortSignal): Command {
       const progress = new Progress()
       try {
         const text = await readFile(flags.text, 'utf8')
+        await access(dirname(resolve(flags.out)), constants.W_OK) // said before hours of learning, not after
         const codebook = await calibrate({
           ...flags,
           text,

@@ -4,25 +4,34 @@ import { SingleBar } from 'cli-progress'
 export class Progress {
   #bar: SingleBar | undefined
   #title = ''
+  #start = { time: 0, done: 0 }
 
   update(title: string, done: number, total: number): void {
     if (title !== this.#title || !this.#bar) {
       this.stop()
       this.#title = title
       this.#bar = new SingleBar({
-        format: `${title.padEnd(24)} {bar} {percentage} % | {eta_formatted} left`,
+        format: `${title.padEnd(24)} {bar} {percentage} % | {left} left`,
         barCompleteChar: '█',
         barIncompleteChar: '░',
         barsize: 30,
         hideCursor: true,
-        etaBuffer: 50,
         noTTYOutput: true,
         notTTYSchedule: 5000,
         stream: process.stderr,
       })
-      this.#bar.start(total, done)
+      this.#start = { time: performance.now(), done }
+      this.#bar.start(total, done, { left: '?' })
     }
-    this.#bar.update(done)
+    this.#bar.update(done, { left: this.#left(done, total) })
+  }
+
+  /** By the mean speed since the start: that of the last steps, which cli-progress takes, jumps with every other load of the machine. */
+  #left(done: number, total: number): string {
+    const ran = done - this.#start.done
+    if (ran <= 0) return '?'
+    const seconds = Math.ceil(((performance.now() - this.#start.time) / 1000 / ran) * (total - done))
+    return seconds < 60 ? `${seconds}s` : seconds < 3600 ? `${Math.floor(seconds / 60)}m${seconds % 60}s` : `${Math.floor(seconds / 3600)}h${Math.floor((seconds % 3600) / 60)}m`
   }
 
   stop(): void {

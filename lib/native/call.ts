@@ -1,4 +1,5 @@
 /** How the facade calls what native/binding/worker.h runs. */
+import { requireSignal } from '../arguments'
 import { codeOf, throwExpected } from '../errors'
 
 /**
@@ -9,8 +10,8 @@ export async function abortable<Result>(
   signal: AbortSignal | undefined,
   start: (cancel: Int32Array | undefined) => Promise<Result>,
 ): Promise<Result> {
-  if (signal === undefined) return start(undefined)
   requireSignal(signal)
+  if (signal === undefined) return start(undefined)
   signal.throwIfAborted()
   const cancel = new Int32Array(new SharedArrayBuffer(4)) // shared, so that nobody can detach it under the call
   const stop = (): void => {
@@ -25,11 +26,6 @@ export async function abortable<Result>(
   } finally {
     signal.removeEventListener('abort', stop)
   }
-}
-
-function requireSignal(signal: unknown): asserts signal is AbortSignal {
-  const isSignal = typeof signal === 'object' && signal !== null && 'aborted' in signal && 'addEventListener' in signal
-  if (!isSignal) throwExpected('an AbortSignal', 'signal', signal)
 }
 
 /** Sync forms block the thread on which a signal or a progress report would arrive: asking for one is a mistake. */

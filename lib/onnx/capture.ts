@@ -35,6 +35,7 @@ export class Capture {
     requireObject(model, 'model')
     requireInteger(points, 'points', 1)
     if (!['uniform', 'attention'].includes(weights)) throwExpected('"uniform" or "attention"', 'weights', weights)
+    if (!('shape' in model)) throwExpected('a DecoderModel', 'model', model) // the class itself is in a file that imports this one
     const { layers, queryHeads, kvHeads, headDim } = model.shape
     this.#headDim = headDim
     this.#rowLength = layers * kvHeads

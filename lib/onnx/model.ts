@@ -2,10 +2,11 @@ import { readFile, stat } from 'node:fs/promises'
 import { availableParallelism } from 'node:os'
 import { dirname, join, resolve } from 'node:path'
 
-import { requireInteger, requireObject } from '../arguments'
+import { requireInteger, requireObject, requireSignal } from '../arguments'
 import type { Sequence } from '../cache'
 import { Cache } from '../cache'
-import type { Codebook, RotarySpec } from '../codebook'
+import type { RotarySpec } from '../codebook'
+import { Codebook } from '../codebook'
 import { CoupletError, disposedError, throwExpected } from '../errors'
 import { addon } from '../native/addon'
 import { abortable } from '../native/call'
@@ -122,6 +123,7 @@ export class DecoderModel {
     requireObject(options, 'options')
     const { codebook, threads = 0 } = options
     requireInteger(threads, 'threads', 0, 256)
+    if (codebook !== undefined && !(codebook instanceof Codebook)) throwExpected('a Codebook', 'codebook', codebook)
     const { library } = openOnnxruntime(options.onnxruntime)
     const file = await findModel(path)
     const folder = dirname(file)
@@ -168,6 +170,7 @@ export class DecoderModel {
     if (capture !== undefined && !(capture instanceof Capture)) throwExpected('a Capture', 'capture', capture)
     this.#checkRows(rows)
     if (rows.length === 0) return { logits: new Float32Array(0), dims: [0, 0, this.vocabulary ?? 0], outputs: {} }
+    requireSignal(signal)
     signal?.throwIfAborted()
 
     const step = this.cache.begin(rows.map(({ sequence, tokens }) => ({ sequence, tokens: tokens.length })), { prefill })

@@ -27,7 +27,7 @@ export interface ModelSession {
   readonly inputMetadata: readonly ValueMetadata[]
   readonly outputMetadata: readonly ValueMetadata[]
   /** Set by transformers.js: what from_pretrained was asked for. */
-  readonly config?: { readonly dtype?: string; readonly device?: string }
+  readonly config?: { readonly dtype?: string; readonly device?: string } | undefined
   run(feeds: Record<string, OrtTensor>, ...options: unknown[]): Promise<Record<string, OrtTensor>>
   release(): Promise<void>
 }

@@ -193,8 +193,8 @@ describe('Codebook', () => {
     })
 
   it('refuses metadata that JSON cannot hold', () => {
-    const learned = 5n as never
-    assert.throws(() => Codebook.fromTables({ ...sampleTables(), metadata: { learned } }), { code: 'ERR_COUPLET_INVALID_ARGUMENT', message: /`metadata`.*BigInt/ })
+    const given = { ...sampleTables(), metadata: { learned: 5n as never } }
+    assert.throws(() => Codebook.fromTables(given), { code: 'ERR_COUPLET_INVALID_ARGUMENT', message: /`metadata`.*BigInt/ })
   })
 
   it('refuses a NaN and names the layer', () => {

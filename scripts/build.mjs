@@ -29,15 +29,16 @@ const definitions = new Map([
   ['GPU', process.env.COUPLET_GPU ?? 'OFF'],
   ['SANITIZE', ''],
 ])
+if (onPath('ccache')) {
+  definitions.set('CMAKE_CXX_COMPILER_LAUNCHER', 'ccache')
+  definitions.set('CMAKE_CUDA_COMPILER_LAUNCHER', 'ccache')
+}
 for (const argument of positionals) {
   const [, name, value] = /^-D(\w+)(?::\w+)?=(.*)$/s.exec(argument) ?? []
   if (name === undefined) fail(`Expected -DNAME=VALUE after -- but received ${argument}`)
   definitions.set(name, value)
 }
-if (onPath('ccache')) {
-  definitions.set('CMAKE_CXX_COMPILER_LAUNCHER', 'ccache')
-  if (/^(CUDA|AUTO)$/.test(definitions.get('GPU'))) definitions.set('CMAKE_CUDA_COMPILER_LAUNCHER', 'ccache')
-}
+if (!/^(CUDA|AUTO)$/.test(definitions.get('GPU'))) definitions.delete('CMAKE_CUDA_COMPILER_LAUNCHER')
 
 const require = createRequire(import.meta.url)
 const cmakeJs = join(dirname(require.resolve('cmake-js/package.json')), 'bin', 'cmake-js')

@@ -50,7 +50,7 @@ function programs(folder) {
     list.push(...names('sim').map((program) => ({ program })))
     list.push(...names('gpu').flatMap((name) => schedules.map((schedule) => ({ program: `${name}_sim`, schedule }))))
   } else {
-    console.log("\nNOT RUN: test/sim and test/gpu in the simulator (it is not built here: COUPLET_GPU=OFF, or there are no CUDA headers)")
+    console.log('\nNOT RUN: test/sim and test/gpu in the simulator (not built: COUPLET_GPU is OFF, or CUDA has no headers here)')
   }
   if (existsSync(join(folder, 'libcouplet_cuda.so'))) {
     if (existsSync('/dev/nvidiactl')) list.push(...names('gpu').map((name) => ({ program: `${name}_cuda` })))

@@ -1,5 +1,6 @@
 // What code for GPUs may say and include. The simulator runs every kernel because these hold.
 import assert from 'node:assert/strict'
+import { execFileSync, spawnSync } from 'node:child_process'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { dirname, join, relative, resolve } from 'node:path'
 
@@ -70,6 +71,16 @@ describe('rooms of cuda/', () => {
   })
 
   it('every quoted include exists', () => {
-    none(includes(lines).filter(({ from, path, quoted }) => quoted && !existsSync(join(root, target(from, path)))).map(({ from }) => from), 'paths are relative')
+    const missing = includes(lines).filter(({ from, path, quoted }) => quoted && !existsSync(join(root, target(from, path))))
+    none(missing.map(({ from }) => from), 'paths are relative')
+  })
+
+  it('a backend library shows the loader no symbol but its entry', function () {
+    const built = ['cuda', 'sim'].map((name) => join(root, 'build', 'Release', `libcouplet_${name}.so`)).filter((path) => existsSync(path))
+    if (built.length === 0 || spawnSync('nm', ['--version']).status !== 0) this.skip()
+    for (const library of built) {
+      const symbols = execFileSync('nm', ['--dynamic', '--defined-only', library], { encoding: 'utf8' }).trim().split('\n')
+      assert.deepEqual(symbols.map((line) => line.split(' ').at(-1)), ['couplet_backend_entry'], library)
+    }
   })
 })

@@ -26,8 +26,8 @@ export async function benchCodes(shape: CodesShape, operation: 'encode' | 'decod
     operation,
     shape: { ...shape },
     unit: operation === 'encode'
-      ? 'CPU nanoseconds a token and kv head; GFLOP/s = 3 * headDim * centroids / that'
-      : 'CPU nanoseconds a token and kv head; GB/s = float32 bytes written / that',
+      ? 'CPU nanoseconds a token and kv head; GFLOP/s = 3 * headDim * centroids / that; error: what coding these random rows loses'
+      : 'CPU nanoseconds a token and kv head; GB/s = float32 bytes written / that; error: what coding these random rows loses',
     rows: [{
       what: `couplet ${codec.name}, float32`, value: perToken,
       rate: operation === 'encode' ? `${(3 * headDim * codec.centroids / perToken).toFixed(1)} GFLOP/s` : `${(headDim * 4 / perToken).toFixed(1)} GB/s`,

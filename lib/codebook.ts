@@ -93,6 +93,7 @@ export class Codebook {
   static fromTables(tables: CodebookTables): Codebook {
     requireObject(tables, 'tables')
     const { keyTables, valueTables, kvHeads, headDim, metadata } = tables
+    if (metadata !== undefined) requireObject(metadata, 'metadata')
     const keyCodec = codec(tables.keyCodec)
     const valueCodec = codec(tables.valueCodec)
     if (!Array.isArray(keyTables)) throwExpected('an array', 'keyTables', keyTables)

@@ -183,6 +183,7 @@ describe('Codebook', () => {
     ['fewer value tables', (tables) => ({ ...tables, valueTables: tables.valueTables.slice(1) }), { name: 'RangeError', message: /2 tables/ }],
     ['a short table', (tables) => ({ ...tables, keyTables: [new Float32Array(3), tables.keyTables[1]] }), { name: 'RangeError', message: /keyTables\[0\]/ }],
     ['plain arrays', (tables) => ({ ...tables, keyTables: [[], []] }), { name: 'TypeError', message: /keyTables/ }],
+    ['metadata that are null', (tables) => ({ ...tables, metadata: null }), { name: 'TypeError', message: /`metadata`/ }],
     ['an odd rotary', (tables) => ({ ...tables, metadata: { rotary: { kind: 'half', dim: 3 } } }), { name: 'RangeError', message: /rotary\.dim/ }],
     ['a strange weighting', (tables) => ({ ...tables, metadata: { learned: { ...learned.learned, weights: 'none' } } }), { message: /learned\.weights/ }],
     ['a seed that is no number', (tables) => ({ ...tables, metadata: { learned: { ...learned.learned, seed: '-1' } } }), { message: /learned\.seed/ }],

@@ -48,7 +48,12 @@ typedef struct couplet_rotary_params {
    weight 0 moves no centroid; weights that are all 0 count as all 1. Where there are fewer distinct points of positive
    weight than centroids, each of them becomes a centroid and the remaining centroids repeat the last one. A centroid that
    loses its points gets a new place. Equal distances go to the lowest index. Any finite numbers are allowed; a NaN, an
-   infinity or a negative weight is reported with its problem, point and channel before anything is learned. */
+   infinity or a negative weight is reported with its problem, point and channel before anything is learned.
+   A GPU backend: all arrays are device memory, control and what it points to are the host's. Without a control run only
+   enqueues; the first bytes of the workspace are then a couplet_report, as in encode (problem in kv_head, point in token,
+   channel -1 for a weight), and nothing is written unless its status is COUPLET_OK. With one, run waits for the device every few
+   steps to tell progress and to see cancel, cannot be captured in a graph, and returns such a status itself. Centroids need
+   not be the CPU's bit for bit. */
 typedef struct couplet_kmeans_params {
   const float* points;  /* float32; channel c of point n of problem p:
                            points[p * problem_stride + n * point_stride + c] */

@@ -196,8 +196,8 @@ void check_consistent(const Data& data, const Result& result) {
 void test_random(Random& random) {
   static constexpr int32_t channels[] = {1, 2, 3, 4, 7, 8, 16, 24, 32};
   for (int i = 0; i < 18; ++i) {
-    Data data(static_cast<int32_t>(1 + random.below(3)), static_cast<int32_t>(1 + random.below(i % 3 == 0 ? 1200 : 90)),
-              channels[i % 9], static_cast<int32_t>(1 + random.below(40)));
+    Data data(static_cast<int32_t>(1 + random.below(3)), static_cast<int32_t>(1 + random.below(i % 6 == 0 ? 1200 : 90)),
+              channels[i % 9], static_cast<int32_t>(1 + random.below(20)));
     data.seed = random.next();
     data.iterations = static_cast<int32_t>(random.below(7));
     double const offset = random.below(2) ? 0 : 50;
@@ -206,7 +206,7 @@ void test_random(Random& random) {
     check_consistent(data, on_gpu(data));
   }
   // More centroids than a stage of shared memory holds, and more than points.
-  Data wide(1, 200, 32, 150);
+  Data wide(1, 150, 32, 135);
   wide.iterations = 2;
   wide.fill([&](int, int, int) { return random.normal(); });
   check_consistent(wide, on_gpu(wide));
@@ -218,8 +218,8 @@ void test_random(Random& random) {
 
 void test_inertia(Random& random) {
   for (int32_t kind = 0; kind < 2; ++kind) {
-    Data data(3, 2000, 8, 32);
-    data.iterations = 15;
+    Data data(3, 800, 8, 16);
+    data.iterations = 8;
     data.tolerance = 1e-4;
     data.fill([&](int, int n, int c) {
       return kind == 0 ? random.normal() : random.normal() * 0.3 + n % 40 * (c % 3) * 0.1;
@@ -238,8 +238,8 @@ void test_inertia(Random& random) {
 void test_plateaus(Random& random) {
   for (double scale : {1.0, 1e-30, 1e30, 0.1})
     for (int32_t values : {1, 5, 16}) {
-      Data data(2, 300, 5, 16);
-      data.iterations = 8;
+      Data data(2, 60, 5, 16);
+      data.iterations = 3;
       data.fill([&](int, int n, int c) { return scale * (1000.1 + n % values * 1.7 + c * (n % values)); });
       if (values != 5) data.weigh(random, 2);
       Result const result = on_gpu(data);
@@ -254,8 +254,8 @@ void test_plateaus(Random& random) {
 }
 
 void test_same_bits(Random& random) {
-  Data data(3, 700, 8, 20);
-  data.iterations = 6;
+  Data data(3, 300, 8, 12);
+  data.iterations = 4;
   data.seed = 99;
   data.fill([&](int p, int, int) { return random.normal() * (p + 1); });
   data.weigh(random, 1);
@@ -279,19 +279,19 @@ void test_same_bits(Random& random) {
                              },
                              &seen};
   CHECK(on_gpu(data, &control) == once, "%s", "a run with a control differs");
-  CHECK(seen.calls > 0 && seen.ordered && seen.last == seen.total && seen.total == 3 * 7, "%d calls, %lld of %lld",
+  CHECK(seen.calls > 0 && seen.ordered && seen.last == seen.total && seen.total == 3 * 5, "%d calls, %lld of %lld",
         seen.calls, static_cast<long long>(seen.last), static_cast<long long>(seen.total));
   cancel = 1;
   CHECK(on_gpu(data, &control).status == COUPLET_CANCELLED, "%s", "not cancelled");
 
-  Data alone(1, 700, 8, 20);
-  alone.iterations = 6;
+  Data alone(1, 300, 8, 12);
+  alone.iterations = 4;
   alone.seed = 99;
-  for (int32_t n = 0; n < 700; ++n)
+  for (int32_t n = 0; n < 300; ++n)
     for (int32_t c = 0; c < 8; ++c) alone.value(0, n, c) = data.value(2, n, c);
-  alone.weights.assign(data.weights.end() - 700, data.weights.end());
+  alone.weights.assign(data.weights.end() - 300, data.weights.end());
   Result const last = on_gpu(alone);
-  CHECK(std::equal(last.centroids.begin(), last.centroids.end(), once.centroids.end() - 160), "%s",
+  CHECK(std::equal(last.centroids.begin(), last.centroids.end(), once.centroids.end() - 96), "%s",
         "the place in the batch shows");
 }
 

@@ -3,6 +3,7 @@
  * native/binding reads every argument again (values.h), in the same words, because memory safety is decided there.
  */
 import { CoupletError, describe, isDetached, throwExpected, typeError } from './errors'
+import { requireSignal } from './native/call'
 
 export type Float16ArrayLike = ArrayBufferView & { readonly length: number; readonly [Symbol.toStringTag]: 'Float16Array' }
 
@@ -19,11 +20,6 @@ export function requireInteger(value: unknown, name: string, least: number, most
 
 export function requireText(value: unknown, name: string): asserts value is string {
   if (typeof value !== 'string') throwExpected('a string', name, value)
-}
-
-export function requireSignal(signal: unknown): asserts signal is AbortSignal | undefined {
-  const isSignal = typeof signal === 'object' && signal !== null && 'aborted' in signal && 'addEventListener' in signal
-  if (signal !== undefined && !isSignal) throwExpected('an AbortSignal', 'signal', signal)
 }
 
 /** What every call that reports and can be cancelled takes. */

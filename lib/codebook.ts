@@ -1,4 +1,4 @@
-import { isArray, requireObject, requireSignal, requireText } from './arguments'
+import { isArray, requireObject, requireText } from './arguments'
 import type { CodebookContents } from './codebook-file'
 import { readBuffer, readFile, readFileSync, tableElements, writeBuffer, writeFile, writeFileSync } from './codebook-file'
 import type { CodebookMetadata, CodebookShape, LearnedFrom, RotarySpec } from './codebook-metadata'
@@ -7,6 +7,7 @@ import type { Codec, CodecLike } from './codec'
 import { codec } from './codec'
 import { CoupletError, describe, disposedError, throwExpected, typeError } from './errors'
 import { parseJson } from './json'
+import { requireSignal } from './native/call'
 import type { TensorType } from './safetensors'
 
 export type { CodebookMetadata, LearnedFrom, RotarySpec }

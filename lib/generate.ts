@@ -1,6 +1,7 @@
-import { requireInteger, requireObject, requireSignal, requireText } from './arguments'
+import { requireInteger, requireObject, requireText } from './arguments'
 import { requireModel } from './calibrate'
 import { rangeError, throwExpected } from './errors'
+import { requireSignal } from './native/call'
 import type { DecoderModel } from './onnx/model'
 import type { Sequence } from './cache'
 import { loadTokenizer } from './tokenizer'

@@ -1,5 +1,4 @@
 /** How the facade calls what native/binding/worker.h runs. */
-import { requireSignal } from '../arguments'
 import { codeOf, throwExpected } from '../errors'
 
 /**
@@ -26,6 +25,11 @@ export async function abortable<Result>(
   } finally {
     signal.removeEventListener('abort', stop)
   }
+}
+
+export function requireSignal(signal: unknown): asserts signal is AbortSignal | undefined {
+  const isSignal = typeof signal === 'object' && signal !== null && 'aborted' in signal && 'addEventListener' in signal
+  if (signal !== undefined && !isSignal) throwExpected('an AbortSignal', 'signal', signal)
 }
 
 /** Sync forms block the thread on which a signal or a progress report would arrive: asking for one is a mistake. */

@@ -317,7 +317,8 @@ void Step::State::gather_queries(const StepRowState& row, const StepData& data, 
                          .coded_end = has_codes ? static_cast<int32_t>(coded_end) : 0,
                          .window = has_codes ? window : 0});
   };
-  int64_t const last_coded = prefill == Prefill::exact ? std::min(row.new_coded_end, row.old_length) : row.new_coded_end;
+  int64_t const last_coded =
+      prefill == Prefill::exact ? std::min(row.new_coded_end, row.old_length) : row.new_coded_end;
   int64_t const own_window = std::clamp(row.old_coded_end + config.window - 1, begin, end);
   append(begin, own_window, row.old_coded_end, 0);
   append(own_window, end, std::max(row.old_coded_end, last_coded), config.window);

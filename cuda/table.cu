@@ -22,14 +22,15 @@ couplet_status check(const couplet_table_params* params, couplet_report* report)
   if (!params->centroids)
     return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected an array for `centroids` but received NULL");
   if (params->head_dim < COUPLET_MIN_HEAD_DIM || params->head_dim > COUPLET_MAX_HEAD_DIM)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %d to %d for `headDim` but received %d", COUPLET_MIN_HEAD_DIM,
-                COUPLET_MAX_HEAD_DIM, params->head_dim);
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %d to %d for `headDim` but received %d",
+                COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM, params->head_dim);
   if (params->kv_heads < 1)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected 1 or more for `kvHeads` but received %d", params->kv_heads);
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected 1 or more for `kvHeads` but received %d",
+                params->kv_heads);
   if (!couplet_codec_valid(params->codec, params->head_dim))
     return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected groups that divide headDim %d and codes of 1 to %d bits for `codec` but received %dc%db", params->head_dim,
-                COUPLET_MAX_CODE_BITS, params->codec.group_channels, params->codec.code_bits);
+                "Expected groups that divide headDim %d and codes of 1 to %d bits for `codec` but received %dc%db",
+                params->head_dim, COUPLET_MAX_CODE_BITS, params->codec.group_channels, params->codec.code_bits);
   int64_t const count = count_of(*params);
   for (int64_t at = 0; at < count; ++at) {
     if (std::isfinite(params->centroids[at])) continue;
@@ -38,10 +39,12 @@ couplet_status check(const couplet_table_params* params, couplet_report* report)
     int64_t const groups = couplet_codec_groups(params->codec, params->head_dim);
     int64_t const group = at / channels / centroids % groups;
     int32_t const kv_head = static_cast<int32_t>(at / channels / centroids / groups);
-    return fail(report, COUPLET_NOT_FINITE, {.kv_head = kv_head, .channel = static_cast<int32_t>(group * channels + at % channels)},
-                "Expected finite numbers for `centroids` but received %f in kv head %d, group %d, centroid %d, channel %d",
-                static_cast<double>(params->centroids[at]), kv_head, static_cast<int>(group),
-                static_cast<int>(at / channels % centroids), static_cast<int>(at % channels));
+    return fail(
+        report, COUPLET_NOT_FINITE,
+        {.kv_head = kv_head, .channel = static_cast<int32_t>(group * channels + at % channels)},
+        "Expected finite numbers for `centroids` but received %f in kv head %d, group %d, centroid %d, channel %d",
+        static_cast<double>(params->centroids[at]), kv_head, static_cast<int>(group),
+        static_cast<int>(at / channels % centroids), static_cast<int>(at % channels));
   }
   return COUPLET_OK;
 }
@@ -129,15 +132,16 @@ size_t bytes(const couplet_table* table) { return table ? table_of(table)->bytes
 
 }  // namespace
 
-couplet_status check_table(const couplet_table* handle, const char* name, couplet_codec codec, int32_t kv_heads, int32_t head_dim,
-                           couplet_report* report) {
+couplet_status check_table(const couplet_table* handle, const char* name, couplet_codec codec, int32_t kv_heads,
+                           int32_t head_dim, couplet_report* report) {
   if (!handle) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected a table for `%s` but received NULL", name);
   const Table& table = *table_of(handle);
-  if (table.codec.group_channels != codec.group_channels || table.codec.code_bits != codec.code_bits || table.kv_heads != kv_heads ||
-      table.head_dim != head_dim)
+  if (table.codec.group_channels != codec.group_channels || table.codec.code_bits != codec.code_bits ||
+      table.kv_heads != kv_heads || table.head_dim != head_dim)
     return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected a table of codec %dc%db, %d kv heads and headDim %d for `%s` but received %dc%db, %d and %d", codec.group_channels,
-                codec.code_bits, kv_heads, head_dim, name, table.codec.group_channels, table.codec.code_bits, table.kv_heads, table.head_dim);
+                "Expected a table of codec %dc%db, %d kv heads and headDim %d for `%s` but received %dc%db, %d and %d",
+                codec.group_channels, codec.code_bits, kv_heads, head_dim, name, table.codec.group_channels,
+                table.codec.code_bits, table.kv_heads, table.head_dim);
   return COUPLET_OK;
 }
 

@@ -29,7 +29,7 @@ struct Table {
 inline const Table* table_of(const couplet_table* table) { return reinterpret_cast<const Table*>(table); }
 
 // Why `table` cannot serve an operation that was given these shapes; COUPLET_OK when it can.
-couplet_status check_table(const couplet_table* table, const char* name, couplet_codec codec, int32_t kv_heads, int32_t head_dim,
-                           couplet_report* report);
+couplet_status check_table(const couplet_table* table, const char* name, couplet_codec codec, int32_t kv_heads,
+                           int32_t head_dim, couplet_report* report);
 
 }  // namespace couplet::cuda

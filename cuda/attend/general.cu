@@ -59,8 +59,8 @@ __device__ __forceinline__ int read_code(const uint8_t* row, int slot, int code_
   return static_cast<int>(word >> bit % 8 & ((1u << code_bits) - 1));
 }
 
-__device__ void load_codes(const Step& step, const Shared& shared, couplet_codec codec, const float* centroids,
-                           int64_t page_offset, int kv_head) {
+__device__ __forceinline__ void load_codes(const Step& step, const Shared& shared, couplet_codec codec,
+                                           const float* centroids, int64_t page_offset, int kv_head) {
   int const head_dim = step.params.head_dim;
   int const channels = codec.group_channels;
   int const groups = head_dim / channels;
@@ -82,7 +82,7 @@ __device__ void load_codes(const Step& step, const Shared& shared, couplet_codec
 }
 
 template <bool Keys>
-__device__ void load_dense(const Shared& shared, int head_dim) {
+__device__ __forceinline__ void load_dense(const Shared& shared, int head_dim) {
   for (int index = threadIdx.x; index < tile_tokens * head_dim; index += threads) {
     int const token = index / head_dim;
     int const channel = index % head_dim;
@@ -100,7 +100,7 @@ __device__ __forceinline__ void rotate(const Angles& angles, int position, int p
   y = turned.y;
 }
 
-__device__ void start(const Step& step, const Shared& shared, const Rows& rows) {
+__device__ __forceinline__ void start(const Step& step, const Shared& shared, const Rows& rows) {
   int const head_dim = step.params.head_dim;
   __syncthreads();  // the rows before these are done
   for (int index = threadIdx.x; index < general_rows * head_dim; index += threads) {
@@ -134,8 +134,8 @@ struct Weighted {
 
 // One tile of at most 32 positions, all in codes or all in full precision.
 template <bool Coded>
-__device__ void take_tile(const Step& step, const Shared& shared, const Rows& rows, Interval positions,
-                          Weighted& weighted) {
+__device__ __forceinline__ void take_tile(const Step& step, const Shared& shared, const Rows& rows, Interval positions,
+                                          Weighted& weighted) {
   const couplet_attend_sequence& sequence = *rows.sequence;
   const couplet_attend_params& params = step.params;
   int const head_dim = params.head_dim;
@@ -218,14 +218,14 @@ __device__ void take_tile(const Step& step, const Shared& shared, const Rows& ro
 }
 
 template <bool Coded>
-__device__ void take_positions(const Step& step, const Shared& shared, const Rows& rows, Interval positions,
-                               Weighted& weighted) {
+__device__ __forceinline__ void take_positions(const Step& step, const Shared& shared, const Rows& rows,
+                                               Interval positions, Weighted& weighted) {
   for (int begin = positions.begin; begin < positions.end; begin += tile_tokens)
     take_tile<Coded>(step, shared, rows, {begin, min(begin + tile_tokens, positions.end)}, weighted);
 }
 
-__device__ void take_seen(const Step& step, const Shared& shared, const Rows& rows, const Seen& seen,
-                          Weighted& weighted) {
+__device__ __forceinline__ void take_seen(const Step& step, const Shared& shared, const Rows& rows, const Seen& seen,
+                                          Weighted& weighted) {
   for (float& value : weighted.values) value = 0;
   start(step, shared, rows);
   take_positions<false>(step, shared, rows, seen.below, weighted);
@@ -246,7 +246,7 @@ __device__ __forceinline__ void each_element(const Rows& rows, int head_dim, con
 
 // ---- kernels ---------------------------------------------------------------------------------------------------------------
 // Sequences with one query: a range of units a block.
-__global__ void __launch_bounds__(threads) general_decode(Step const step) {
+__global__ void __launch_bounds__(threads, 2) general_decode(Step const step) {
   GPU_DYNAMIC_SHARED(float, dynamic);
   GPU_SHARED(fixed, Fixed);
   Shared const shared = shared_of(dynamic, &fixed, step.params.head_dim);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(threads) general_decode(Step const step) {
 }
 
 // All other sequences: a block of rows after the other, each over all that its rows see.
-__global__ void __launch_bounds__(threads) general_prefill(Step const step) {
+__global__ void __launch_bounds__(threads, 2) general_prefill(Step const step) {
   GPU_DYNAMIC_SHARED(float, dynamic);
   GPU_SHARED(fixed, Fixed);
   Shared const shared = shared_of(dynamic, &fixed, step.params.head_dim);

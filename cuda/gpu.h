@@ -43,6 +43,26 @@ T& shared_variable(PerDeclaration, sim::Location where) {
 inline constexpr size_t default_shared_bytes = 48 << 10;  // more has to be asked for, kernel by kernel; launch() does
 inline constexpr size_t most_argument_bytes = 4096;
 
+// Whether this compilation of a kernel is for GPUs with 227 KB of shared memory a block: 9.x to 11.x; 8.x and 12.x have 99 to 163. A
+// kernel that needs them has no body elsewhere, and launchers ask has_large_shared_body() before they choose it.
+#if defined(GPU_SIM) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+inline constexpr bool large_shared = true;
+#else
+inline constexpr bool large_shared = false;
+#endif
+template <class... Parameters>
+bool has_large_shared_body([[maybe_unused]] void (*kernel)(Parameters...)) {
+#ifdef GPU_SIM
+  return true;
+#else
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess)
+    return attributes.ptxVersion >= 90 && attributes.ptxVersion < 120;
+  cudaGetLastError();
+  return false;
+#endif
+}
+
 // Enqueues `kernel` on `stream`. Allocates nothing and waits for nothing, so that it can be captured in a graph.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,

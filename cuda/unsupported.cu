@@ -21,27 +21,13 @@ struct Unsupported {
   static void describe(const Params*, char* text, size_t text_bytes) { std::snprintf(text, text_bytes, "unsupported"); }
 };
 
-template <class Params, class Object>
-struct UnsupportedObject {
-  static couplet_status create(const Params*, Object** object, couplet_report* report) {
-    *object = nullptr;
-    return refuse(report, "object of this kind");
-  }
-  static void destroy(Object*) {}
-  static size_t bytes(const Object*) { return 0; }
-};
-
 template <class Entries, class Body>
 constexpr Entries entries_of() {
   return {Body::check, Body::workspace, Body::run, Body::describe};
 }
 
-using Rotary = UnsupportedObject<couplet_rotary_params, couplet_rotary>;
-
 }  // namespace
 
-const couplet_rotary_entries rotary_entries = {Rotary::create, Rotary::destroy, Rotary::bytes};
-const couplet_attend_entries attend_entries = entries_of<couplet_attend_entries, Unsupported<couplet_attend_params>>();
 const couplet_attention_weights_entries attention_weights_entries =
     entries_of<couplet_attention_weights_entries, Unsupported<couplet_attention_weights_params>>();
 

@@ -159,6 +159,11 @@ typedef struct couplet_attend_sequence {
   int32_t window; /* newest tokens, the query's own among them, that a query never reads from codes */
 } couplet_attend_sequence;
 
+/* For a GPU backend every pointer in here is the device's, but for the tables and the rotary embedding: `sequences` itself,
+   what its elements point to, `dense` and `pages` and what those point to, and head_sinks. Its `check` sees the counts alone,
+   so positions beyond the rotary embedding, missing pages and missing dense rows are the caller's to avoid; `run` only
+   enqueues, and may be captured in a graph that is replayed after the device's arrays have changed, as long as
+   sequence_count has not. */
 typedef struct couplet_attend_params {
   const couplet_attend_sequence* sequences; /* [sequence_count] */
   const couplet_table* key_table;           /* NULL when no sequence has codes */
@@ -180,7 +185,7 @@ typedef struct couplet_attend_params {
   couplet_codec key_codec;
   couplet_codec value_codec;
   int32_t threads;
-  int32_t reserved;
+  int32_t most_query_tokens; /* no sequence has more query_tokens; 0: not said. 1 spares a GPU a launch */
 } couplet_attend_params;
 
 /* ---- attention_weights ------------------------------------------------------------------------------------------ */

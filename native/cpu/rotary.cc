@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../common/report.h"
+#include "../common/rotary_frequency.h"
 #include "backend.h"
 
 namespace couplet::cpu {
@@ -98,30 +99,7 @@ bool fill_given(couplet_rotary* rotary, const couplet_rotary_params& params) {
   return true;
 }
 
-// The frequency of pair i, from the phases of given tables: a first guess from position 1, then the phase of positions
-// 2, 4, 8, ... narrows it (each halves what is uncertain), then least squares over rows of the whole table averages the
-// float32 rounding of their angles away.
-double find_frequency(const couplet_rotary_params& params, int32_t i) {
-  int64_t const stride = params.rotary_dim / 2;
-  int64_t const last = params.positions - 1;
-  double frequency = 0;
-  auto const phase_error = [&](int64_t t) {
-    double const phase = std::atan2(params.sin[t * stride + i], params.cos[t * stride + i]);
-    return std::remainder(phase - frequency * static_cast<double>(t), 2 * M_PI);
-  };
-  for (int64_t t = 1; t <= last; t *= 2) frequency += phase_error(t) / static_cast<double>(t);
-  constexpr int64_t samples = 256;
-  double products = 0, squares = 0;
-  for (int64_t sample = 1; sample <= samples; ++sample) {
-    int64_t const t = last * sample / samples;
-    products += static_cast<double>(t) * phase_error(t);
-    squares += static_cast<double>(t) * static_cast<double>(t);
-  }
-  return squares > 0 ? frequency + products / squares : 0;
-}
-
-// Whether every entry of the given tables is amplitude * (cos, sin)(t * frequency) up to what float32 arithmetic does to
-// it: a few roundings of the value (2^-22) and of the angle itself (t * frequency was rounded before cos saw it).
+// Whether every entry of the given tables is amplitude * (cos, sin)(t * frequency) up to what float32 arithmetic does to it.
 bool is_linear(const couplet_rotary& rotary, const couplet_rotary_params& params,
                const std::vector<double>& frequency) {
   int32_t const step = rotary.kind == COUPLET_ROTARY_HALF ? 1 : 2;
@@ -132,7 +110,7 @@ bool is_linear(const couplet_rotary& rotary, const couplet_rotary_params& params
       int64_t const at = int64_t{t} * pairs(rotary) + i;
       int32_t const entry = step == 1 ? i : 2 * i + 1;  // of an interleaved row, the one whose sin has its own sign
       double const amplitude = rotary.amplitude[entry];
-      double const tolerance = amplitude * 0x1p-22 * (4 + t * std::fabs(frequency[static_cast<size_t>(i)]));
+      double const tolerance = rotary_tolerance(amplitude, frequency[static_cast<size_t>(i)], t);
       if (std::fabs(amplitude * cos[entry] - params.cos[at]) > tolerance) return false;
       if (std::fabs(amplitude * sin[entry] - params.sin[at]) > tolerance) return false;
     }
@@ -151,7 +129,7 @@ bool fill_from_tables(couplet_rotary* rotary, const couplet_rotary_params& param
       rotary->amplitude[i] = amplitude;
     else
       rotary->amplitude[2 * i] = rotary->amplitude[2 * i + 1] = amplitude;
-    frequency[static_cast<size_t>(i)] = find_frequency(params, i);
+    frequency[static_cast<size_t>(i)] = rotary_frequency(params, i);
   }
   if (candidate) {
     if (!fill_linear(rotary, frequency)) return false;

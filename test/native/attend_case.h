@@ -76,7 +76,7 @@ class AttendCase {
         .key_codec = shape.key_codec,
         .value_codec = shape.value_codec,
         .threads = shape.threads,
-        .reserved = 0,
+        .most_query_tokens = 0,
     };
   }
   AttendCase(const AttendCase&) = delete;

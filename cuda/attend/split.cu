@@ -1,0 +1,104 @@
+// Before and after decoding: the plan that cuts a step's work into equal ranges, and the merge of what the ranges came to.
+#include "step.h"
+
+namespace couplet::cuda::attend {
+namespace {
+
+constexpr int plan_threads = 256;
+constexpr int merge_threads = 128;
+
+// ---- kernels ---------------------------------------------------------------------------------------------------------------
+// [sequence_count] sequences -> running sums of their units and row blocks.
+__global__ void __launch_bounds__(plan_threads) plan(Step const step) {
+  GPU_SHARED(warp_sums, int2[plan_threads / 32]);
+  int const lane = threadIdx.x % 32;
+  int const warp = threadIdx.x / 32;
+  int2 total{0, 0};  // of the sequences before this round
+  for (int first = 0; first < step.params.sequence_count; first += plan_threads) {
+    int const index = first + static_cast<int>(threadIdx.x);
+    int2 sum{0, 0};
+    if (index < step.params.sequence_count) {
+      const couplet_attend_sequence& sequence = step.params.sequences[index];
+      if (sequence.query_tokens == 1) {
+        Seen const seen = seen_by(step.params, sequence, sequence.first_query);
+        sum.x = dense_units(step, seen) + coded_units(step, seen.codes);
+      } else {
+        sum.y = static_cast<int>((static_cast<int64_t>(sequence.query_tokens) * step.group_heads + general_rows - 1) /
+                                 general_rows);
+      }
+    }
+    int2 const own = sum;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      int2 const before{__shfl_up_sync(~0u, sum.x, offset), __shfl_up_sync(~0u, sum.y, offset)};
+      if (lane >= offset) sum = {sum.x + before.x, sum.y + before.y};
+    }
+    if (lane == 31) warp_sums[warp] = sum;
+    __syncthreads();
+    int2 round{0, 0};
+    for (int other = 0; other < plan_threads / 32; ++other) {
+      if (other == warp) sum = {sum.x + round.x, sum.y + round.y};
+      round = {round.x + warp_sums[other].x, round.y + warp_sums[other].y};
+    }
+    if (index < step.params.sequence_count) {
+      step.unit_begin[index] = total.x + sum.x - own.x;
+      step.row_begin[index] = total.y + sum.y - own.y;
+    }
+    total = {total.x + round.x, total.y + round.y};
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    step.unit_begin[step.params.sequence_count] = total.x;
+    step.row_begin[step.params.sequence_count] = total.y;
+  }
+}
+
+// One item a block. Slots of item i are those of the blocks whose ranges meet its units; added in their order.
+__global__ void __launch_bounds__(merge_threads) merge(Step const step) {
+  int const sequences = step.params.sequence_count;
+  int const index = static_cast<int>(blockIdx.x) % sequences;
+  int const head_block = static_cast<int>(blockIdx.x) / sequences;
+  Ranges const ranges(step);
+  int64_t const begin = static_cast<int64_t>(ranges.units) * head_block + step.unit_begin[index];
+  int64_t const end = static_cast<int64_t>(ranges.units) * head_block + step.unit_begin[index + 1];
+  if (begin == end) return;  // not a sequence with one query
+  int64_t const first_slot = ranges.owner(begin) + blockIdx.x;
+  int64_t const last_slot = ranges.owner(end - 1) + blockIdx.x;
+
+  const couplet_attend_sequence& sequence = step.params.sequences[index];
+  int const head_blocks_of_kv = step.head_blocks / step.params.kv_heads;
+  int const first_row = head_block % head_blocks_of_kv * step.block_rows;
+  int const rows = min(step.block_rows, step.group_heads - first_row);
+  int const head_dim = step.params.head_dim;
+  for (int element = threadIdx.x; element < rows * head_dim; element += merge_threads) {
+    int const row = element / head_dim;
+    int const channel = element % head_dim;
+    int const head = head_block / head_blocks_of_kv * step.group_heads + first_row + row;
+    float maximum = -INFINITY;
+    for (int64_t slot = first_slot; slot <= last_slot; ++slot)
+      maximum = max(maximum, step.sums[slot * step.block_rows + row].x);
+    float sum = 0;
+    float weighted = 0;
+    for (int64_t slot = first_slot; slot <= last_slot; ++slot) {
+      float2 const part = step.sums[slot * step.block_rows + row];
+      if (part.y == 0) continue;
+      float const factor = gpu::ex2_approx(part.x - maximum);
+      sum += part.y * factor;
+      weighted += step.weighted[(slot * step.block_rows + row) * head_dim + channel] * factor;
+    }
+    sequence.outputs[head * sequence.output_head_stride + channel] =
+        weighted * output_factor(step.params, head, maximum, sum);
+  }
+}
+
+}  // namespace
+
+// ---- launchers -------------------------------------------------------------------------------------------------------------
+cudaError_t launch_plan(const Step& step, cudaStream_t stream) {
+  return gpu::launch(plan, 1, plan_threads, 0, stream, step);
+}
+
+cudaError_t launch_merge(const Step& step, cudaStream_t stream) {
+  return gpu::launch(merge, step.head_blocks * step.params.sequence_count, merge_threads, 0, stream, step);
+}
+
+}  // namespace couplet::cuda::attend

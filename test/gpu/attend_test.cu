@@ -1,0 +1,345 @@
+// attend on a GPU, or on the simulator, against the double oracle, on random codes.
+//
+// Error of an output row (one query head of one token): |out - oracle| / |oracle|, Euclidean. Allowed: 2e-5 for the general body, which is
+// float32 throughout, and 4e-3 for lookup, whose tables, queries and probabilities are float16 (2^-11 each, over logits of a few units).
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "../../cuda/backend.h"
+#include "../../native/cpu/table.h"
+#include "../native/attend_case.h"
+#include "device_array.h"
+
+namespace {
+
+using namespace couplet;
+using namespace couplet::test;
+using Tables = CaseShape::Tables;
+
+void expect(couplet_status status, const couplet_report& report) { CHECK(status == COUPLET_OK, "%s", report.detail); }
+
+// A case of the CPU's with all that its parameters point to in device memory.
+class DeviceCase {
+ public:
+  explicit DeviceCase(AttendCase& host)
+      : host_(host), params_(host.params()), sequences_(static_cast<size_t>(params_.sequence_count)) {
+    key_table_ = make_table(params_.key_table, &params_.key_table);
+    value_table_ = make_table(params_.value_table, &params_.value_table);
+    couplet_report report{};
+    couplet_rotary* rotary = nullptr;
+    if (host.rotary_params()) expect(cuda::rotary_entries.create(host.rotary_params(), &rotary, &report), report);
+    rotary_.reset(rotary);
+    params_.rotary = rotary;
+    if (params_.head_sinks) params_.head_sinks = copy(params_.head_sinks, static_cast<size_t>(params_.query_heads));
+    std::vector<couplet_attend_sequence> sequences;
+    for (int32_t index = 0; index < params_.sequence_count; ++index) sequences.push_back(make_sequence(index));
+    sequences_.write(sequences);
+    params_.sequences = sequences_.data();
+  }
+
+  const couplet_attend_params& params() const { return params_; }
+  std::string name() const {
+    char text[64];
+    cuda::attend_entries.describe(&params_, text, sizeof text);
+    return text;
+  }
+
+  std::vector<std::vector<float>> run(cudaStream_t stream = nullptr) {
+    for (const auto& output : outputs_) output->write(std::vector<float>(output->size(), NAN));
+    couplet_report report{};
+    expect(cuda::attend_entries.check(&params_, &report), report);
+    DeviceArray<uint8_t> const workspace(std::vector<uint8_t>(cuda::attend_entries.workspace(&params_), 0xff));
+    expect(cuda::attend_entries.run(&params_, workspace.data(), stream, &report), report);
+    CHECK(cudaDeviceSynchronize() == cudaSuccess, "%s; %s", cudaGetErrorName(cudaGetLastError()), name().c_str());
+    return outputs();
+  }
+
+  // Captured, then replayed after the outputs were spoiled.
+  std::vector<std::vector<float>> replay() {
+    DeviceArray<uint8_t> const workspace(std::vector<uint8_t>(cuda::attend_entries.workspace(&params_), 0xff));
+    cudaStream_t stream = nullptr;
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t replay = nullptr;
+    couplet_report report{};
+    CHECK(cudaStreamCreate(&stream) == cudaSuccess, "no stream");
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess, "no capture");
+    expect(cuda::attend_entries.run(&params_, workspace.data(), stream, &report), report);
+    CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess, "capture: %s", cudaGetErrorName(cudaGetLastError()));
+    CHECK(cudaGraphInstantiate(&replay, graph, 0) == cudaSuccess, "no graph");
+    for (const auto& output : outputs_) output->write(std::vector<float>(output->size(), NAN));
+    CHECK(cudaGraphLaunch(replay, stream) == cudaSuccess, "no launch");
+    CHECK(cudaStreamSynchronize(stream) == cudaSuccess, "replay: %s", cudaGetErrorName(cudaGetLastError()));
+    cudaGraphExecDestroy(replay);
+    cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+    return outputs();
+  }
+
+ private:
+  struct Free {
+    void operator()(couplet_table* table) const { cuda::table_entries.destroy(table); }
+    void operator()(couplet_rotary* rotary) const { cuda::rotary_entries.destroy(rotary); }
+  };
+  using TableOwner = std::unique_ptr<couplet_table, Free>;
+
+  // From the CPU's table, which keeps the centroids as given.
+  TableOwner make_table(const couplet_table* host, const couplet_table** place) {
+    if (!host) return nullptr;
+    couplet_table_params const params{host->rows, host->kv_heads, host->head_dim, host->codec};
+    couplet_table* table = nullptr;
+    couplet_report report{};
+    expect(cuda::table_entries.create(&params, &table, &report), report);
+    *place = table;
+    return TableOwner(table);
+  }
+
+  template <class T>
+  T* copy(const T* values, size_t count) {
+    if (count == 0) return nullptr;
+    auto array = std::make_unique<DeviceArray<uint8_t>>(count * sizeof(T));
+    auto const* const bytes = reinterpret_cast<const uint8_t*>(values);
+    array->write(std::vector<uint8_t>(bytes, bytes + count * sizeof(T)));
+    arrays_.push_back(std::move(array));
+    return reinterpret_cast<T*>(arrays_.back()->data());
+  }
+
+  couplet_attend_sequence make_sequence(int32_t index) {
+    couplet_attend_sequence sequence = host_.params().sequences[index];
+    sequence.queries = copy(sequence.queries, static_cast<size_t>(sequence.query_tokens * sequence.query_token_stride));
+    outputs_.push_back(std::make_unique<DeviceArray<float>>(host_.outputs(static_cast<size_t>(index)).size()));
+    sequence.outputs = outputs_.back()->data();
+
+    auto const page_bytes =
+        static_cast<size_t>(params_.value_page_offset + params_.kv_heads * params_.value_page_stride);
+    std::vector<const uint8_t*> pages;
+    if (sequence.coded_begin < sequence.coded_end)
+      for (int32_t page = 0; page * params_.page_tokens < sequence.coded_end; ++page)
+        pages.push_back(sequence.pages[page] ? copy(sequence.pages[page], page_bytes) : nullptr);
+    sequence.pages = copy(pages.data(), pages.size());
+
+    std::vector<couplet_dense_rows> runs(sequence.dense, sequence.dense + sequence.dense_count);
+    for (couplet_dense_rows& run : runs) {
+      run.keys = copy(run.keys, static_cast<size_t>(run.tokens * run.key_token_stride));
+      run.values = copy(run.values, static_cast<size_t>(run.tokens * run.value_token_stride));
+    }
+    sequence.dense = copy(runs.data(), runs.size());
+    return sequence;
+  }
+
+  std::vector<std::vector<float>> outputs() const {
+    std::vector<std::vector<float>> all;
+    for (const auto& output : outputs_) all.push_back(output->read());
+    return all;
+  }
+
+  AttendCase& host_;
+  couplet_attend_params params_;
+  TableOwner key_table_, value_table_;
+  std::unique_ptr<couplet_rotary, Free> rotary_;
+  DeviceArray<couplet_attend_sequence> sequences_;
+  std::vector<std::unique_ptr<DeviceArray<uint8_t>>> arrays_;
+  std::vector<std::unique_ptr<DeviceArray<float>>> outputs_;
+};
+
+double worst[2] = {};  // error over allowance of the general body and of lookup
+
+void compare(AttendCase& host, const CaseShape& shape, const std::string& name,
+             const std::vector<std::vector<float>>& oracle, const std::vector<std::vector<float>>& got, double factor) {
+  for (size_t s = 0; s < oracle.size(); ++s)
+    for (int32_t token = 0; token < shape.sequences[s].queries; ++token)
+      for (int32_t head = 0; head < host.query_heads(); ++head) {
+        bool const lookup = name.find("lookup") != std::string::npos && shape.sequences[s].queries == 1;
+        double const allowed = (lookup ? 4e-3 : 2e-5) * factor;
+        auto const at = static_cast<size_t>(token * host.output_token_stride() + head * host.output_head_stride());
+        double difference = 0;
+        double norm = 0;
+        for (size_t c = 0; c < static_cast<size_t>(shape.head_dim); ++c) {
+          double const e = oracle[s][at + c];
+          difference += (got[s][at + c] - e) * (got[s][at + c] - e);
+          norm += e * e;
+        }
+        double const error = norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
+        if (error / allowed > worst[lookup]) worst[lookup] = error / allowed;
+        if (!CHECK(error <= allowed,
+                   "%s: error %.2g of sequence %zu (%d + %d tokens), token %d, head %d; d %d, %d x %d heads",
+                   name.c_str(), error, s, shape.sequences[s].before, shape.sequences[s].queries, token, head,
+                   shape.head_dim, shape.kv_heads, shape.group_heads))
+          return;
+        for (int64_t gap = shape.head_dim; gap < host.output_head_stride(); ++gap)
+          if (!CHECK(std::isnan(got[s][at + static_cast<size_t>(gap)]), "%s wrote between output rows", name.c_str()))
+            return;
+      }
+}
+
+void check_case(const CaseShape& shape, uint64_t seed, const char* body, double factor = 1) {
+  AttendCase host(shape, seed);
+  auto const oracle = host.run_reference();
+  DeviceCase device(host);
+  std::string const name = device.name();
+  bool has_room = true;
+#ifndef GPU_SIM
+  int shared = 0;
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  has_room = shared >= 227 << 10;
+#endif
+  if (has_room && shape.sequences.size())
+    CHECK(name.find(body) != std::string::npos, "%s is not %s", name.c_str(), body);
+  auto const first = device.run();
+  compare(host, shape, name, oracle, first, factor);
+  auto const again = device.run();
+  for (size_t s = 0; s < first.size(); ++s)
+    CHECK(first[s].empty() || std::memcmp(first[s].data(), again[s].data(), first[s].size() * sizeof(float)) == 0,
+          "%s: two runs differ", name.c_str());
+}
+
+CaseShape llama(int32_t kv_heads, int32_t group_heads, std::vector<SequenceShape> sequences) {
+  return {.kv_heads = kv_heads,
+          .group_heads = group_heads,
+          .head_dim = 128,
+          .rotary_kind = COUPLET_ROTARY_HALF,
+          .rotary_dim = 128,
+          .sequences = std::move(sequences)};
+}
+
+void lookup_shapes() {
+  for (int32_t heads : {1, 2, 3, 4, 5, 8})
+    check_case(llama(1, heads, {{.before = 700, .sinks = 4, .window = 32}}), 1, "lookup");
+  // Ragged ends, no codes at all, one token, codes without sinks or window, and an idle sequence beside longer ones.
+  check_case(llama(2, 4,
+                   {{.before = 1600, .sinks = 4, .window = 33},
+                    {.before = 0},
+                    {.before = 100, .uncoded = true},
+                    {.before = 65, .queries = 0},
+                    {.before = 520, .sinks = 70, .window = 1},
+                    {.before = 1030, .window = 0, .coded_prefill = true}}),
+             2, "lookup");
+  CaseShape shape =
+      llama(2, 4, {{.before = 900, .sinks = 4, .window = 32}, {.before = 300, .sinks = 4, .window = 200}});
+  shape.local_window = 600;
+  check_case(shape, 3, "lookup");
+  shape.softcap = 5;
+  shape.head_sinks = true;
+  check_case(shape, 4, "lookup");
+  shape.tables = Tables::scaled;
+  shape.query_scale = 3;
+  check_case(shape, 5, "lookup", 3);
+  shape.rotary_kind = 0;
+  check_case(shape, 6, "lookup", 3);
+  // A prompt and a step together.
+  check_case(
+      llama(1, 4, {{.before = 300, .sinks = 4, .window = 32}, {.before = 20, .queries = 9, .sinks = 4, .window = 8}}),
+      7, "lookup");
+}
+
+void general_shapes() {
+  check_case({.head_dim = 32, .sequences = {}}, 1, "general");
+  for (couplet_codec codec : {couplet_codec{2, 8}, couplet_codec{4, 8}, couplet_codec{8, 10}, couplet_codec{16, 12},
+                              couplet_codec{1, 1}, couplet_codec{8, 5}})
+    check_case({.kv_heads = 2,
+                .group_heads = 4,
+                .head_dim = 64,
+                .key_codec = codec,
+                .value_codec = codec,
+                .rotary_kind = COUPLET_ROTARY_HALF,
+                .rotary_dim = 64,
+                .sequences = {{.before = 300, .sinks = 4, .window = 32}}},
+               2, "general");
+  check_case({.group_heads = 20, .head_dim = 40, .sequences = {{.before = 90, .sinks = 4, .window = 3}}}, 3, "general");
+  check_case({.kv_heads = 2,
+              .group_heads = 3,
+              .head_dim = 40,
+              .page_tokens = 24,
+              .key_codec = {4, 8},
+              .value_codec = {8, 8},
+              .rotary_kind = COUPLET_ROTARY_HALF,
+              .rotary_dim = 40,
+              .sequences = {{.before = 70, .queries = 65, .sinks = 3, .window = 32, .coded_prefill = true}}},
+             4, "general");
+}
+
+void random_shapes() {
+  Random random(7);
+  auto const pick = [&](auto... values) {
+    std::common_type_t<decltype(values)...> const all[] = {values...};
+    return all[random.below(static_cast<int64_t>(sizeof...(values)))];
+  };
+  for (int i = 0; i < 24; ++i) {
+    CaseShape shape{.kv_heads = pick(1, 2, 3),
+                    .group_heads = pick(1, 2, 4, 5),
+                    .head_dim = 32 + 8 * static_cast<int32_t>(random.below(i % 8 ? 10 : 29)),
+                    .page_tokens = pick(8, 24, 64, 128),
+                    .tables = pick(Tables::theta, Tables::scaled, Tables::crooked),
+                    .local_window = pick(0, 0, 1, 50, 128),
+                    .softcap = pick(0.0f, 0.0f, 5.0f, 50.0f),
+                    .head_sinks = pick(false, true),
+                    .query_scale = pick(0.1, 1.0, 3.0),
+                    .sequences = {}};
+    auto const codec = [&] {
+      int32_t const channels = pick(1, 2, 4, 8);
+      return couplet_codec{channels, 1 + static_cast<int32_t>(random.below(12))};
+    };
+    shape.key_codec = codec();
+    shape.value_codec = codec();
+    shape.rotary_kind = pick(0, 1, 2);
+    if (shape.rotary_kind) shape.rotary_dim = 2 + 2 * static_cast<int32_t>(random.below(shape.head_dim / 2));
+    for (int64_t n = 1 + random.below(3); n > 0; --n)
+      shape.sequences.push_back({.before = pick(0, 1, 7, 64, 130, 300),
+                                 .queries = pick(0, 1, 1, 1, 2, 5, 20),
+                                 .sinks = pick(0, 4, 70),
+                                 .window = pick(0, 1, 32, 128),
+                                 .coded_prefill = pick(false, true),
+                                 .uncoded = random.below(6) == 0});
+    check_case(shape, 1000 + static_cast<uint64_t>(i), "general");
+  }
+}
+
+void graphs() {
+  AttendCase host(llama(2, 2, {{.before = 600, .sinks = 4, .window = 32}, {.before = 10, .queries = 3}}), 8);
+  DeviceCase device(host);
+  auto const plain = device.run();
+  auto const replayed = device.replay();
+  for (size_t s = 0; s < plain.size(); ++s)
+    CHECK(std::memcmp(plain[s].data(), replayed[s].data(), plain[s].size() * sizeof(float)) == 0,
+          "a graph's replay differs from a run");
+}
+
+void refusals() {
+  AttendCase host(llama(2, 2, {{.before = 200, .sinks = 4, .window = 32}}), 9);
+  DeviceCase const device(host);
+  auto const refuses = [&](const char* word, auto&& change) {
+    couplet_attend_params params = device.params();
+    change(params);
+    couplet_report report{};
+    CHECK(cuda::attend_entries.check(&params, &report) == COUPLET_INVALID_ARGUMENT && std::strstr(report.detail, word),
+          "%s: \"%s\"", word, report.detail);
+  };
+  refuses("headDim", [](couplet_attend_params& p) { p.head_dim = 60; });
+  refuses("headDim", [](couplet_attend_params& p) { p.head_dim = 64; });  // of the rotary embedding
+  refuses("queryHeads", [](couplet_attend_params& p) { p.query_heads = 5; });
+  refuses("kvHeads", [](couplet_attend_params& p) { p.kv_heads = 0; });
+  refuses("pageTokens", [](couplet_attend_params& p) { p.page_tokens = 12; });
+  refuses("scale", [](couplet_attend_params& p) { p.scale = NAN; });
+  refuses("softcap", [](couplet_attend_params& p) { p.softcap = -1; });
+  refuses("localWindow", [](couplet_attend_params& p) { p.local_window = -1; });
+  refuses("keyTable", [](couplet_attend_params& p) { p.key_table = nullptr; });
+  refuses("valueTable", [](couplet_attend_params& p) { p.value_codec = {8, 10}; });
+  refuses("keyPageStride", [](couplet_attend_params& p) { p.key_page_stride = 8; });
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  // One part alone, for tools that slow a program down a hundredfold.
+  std::string const only = count > 1 ? arguments[1] : "";
+  auto const part = [&](const char* name, void (*test)()) {
+    if (only.empty() || only == name) test();
+  };
+  part("general", general_shapes);
+  part("random", random_shapes);
+  part("lookup", lookup_shapes);
+  part("graphs", graphs);
+  part("refusals", refusals);
+  std::printf("largest error over what is allowed: general %.3f, lookup %.3f\n", worst[0], worst[1]);
+  return couplet::test::finish();
+}

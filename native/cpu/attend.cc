@@ -17,14 +17,32 @@ namespace couplet::cpu {
 namespace {
 
 constexpr int32_t block_floats = 16384;   // of the rows of one task: 64 KB of queries and as much of outputs stay in L2
-constexpr int32_t enough_tasks = 32;      // a call with fewer blocks than this is also cut along the keys,
+constexpr int32_t enough_tasks = 16;      // a call with fewer blocks than this is also cut along the keys,
 constexpr int32_t smallest_piece = 4096;  // into pieces of at least so many keys
 
 int64_t blocks_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-constexpr int32_t most_lookup_rows =
-    16;  // beyond, the tile body's matrix products win over one pass for each query token
+// What a coded key costs, measured on AVX-512 and relative to bringing one into a tile: 1 + tile_row for each row that meets it
+// there; the lookup body passes over the keys once for each query token and `heads` of its heads.
+constexpr double tile_row = 0.027;
+constexpr double lookup_pass(int32_t heads) { return heads == 8 ? 0.45 : heads == 4 ? 0.33 : heads == 2 ? 0.22 : 0.2; }
+constexpr double lookup_surcharge = 1.35;  // two channels (gathers) or tables that outgrow the caches
+
+bool lookup_is_cheaper(const couplet_attend_params& params, int32_t query_tokens) {
+  int32_t const group_heads = params.query_heads / params.kv_heads;
+  double passes = 0;
+  for (int32_t head = 0, heads; head < group_heads; head += heads) {
+    heads = attend_heads_at_once(group_heads - head);
+    passes += lookup_pass(heads);
+  }
+  for (couplet_codec codec : {params.key_codec, params.value_codec})
+    if (codec.group_channels == 2 || codec.code_bits > 8) {
+      passes *= lookup_surcharge;
+      break;
+    }
+  return query_tokens * passes <= 1 + tile_row * query_tokens * group_heads;
+}
 
 struct Bodies {
   const AttendTile* tile;
@@ -74,8 +92,8 @@ class Plan {
       uint8_t* const own = start + static_cast<size_t>(worker) * worker_bytes();
       AttendState const state =
           state_at(place.shared_state < 0 ? own : shared + static_cast<size_t>(place.shared_state) * state_bytes());
-      std::fill_n(state.maxima, block_rows_, -std::numeric_limits<float>::infinity());
-      std::fill_n(state.sums, block_rows_, 0.0f);
+      std::fill_n(state.maxima, attend_padded(block_rows_), -std::numeric_limits<float>::infinity());
+      std::fill_n(state.sums, attend_padded(block_rows_), 0.0f);
       std::memset(state.weighted, 0, static_cast<size_t>(block_rows_) * static_cast<size_t>(padded_) * sizeof(float));
       run_task(place.task, state, own + state_bytes());
       if (place.shared_state < 0) finish(place.task, state);
@@ -141,9 +159,7 @@ class Plan {
             .shared_state = count > 1 ? shared_state + index : -1};
   }
 
-  bool looks_up(int32_t query_tokens) const {
-    return bodies_.lookup && query_tokens * group_heads_ <= most_lookup_rows;
-  }
+  bool looks_up(int32_t query_tokens) const { return bodies_.lookup && lookup_is_cheaper(params_, query_tokens); }
 
   void run_task(const AttendTask& task, AttendState state, void* scratch) const {
     bool const lookup = looks_up(task.query_tokens);
@@ -157,14 +173,15 @@ class Plan {
   }
 
   size_t state_bytes() const {
-    return aligned(static_cast<size_t>(block_rows_) * (2 + static_cast<size_t>(padded_)) * sizeof(float));
+    size_t const rows = static_cast<size_t>(attend_padded(block_rows_));
+    return rows * (2 + static_cast<size_t>(padded_)) * sizeof(float);
   }
   size_t worker_bytes() const { return state_bytes() + aligned(scratch_bytes()); }
 
   AttendState state_at(uint8_t* memory) const {
     float* const weighted = reinterpret_cast<float*>(memory);
-    float* const maxima = weighted + int64_t{block_rows_} * padded_;
-    return {.maxima = maxima, .sums = maxima + block_rows_, .weighted = weighted};
+    float* const maxima = weighted + int64_t{attend_padded(block_rows_)} * padded_;
+    return {.maxima = maxima, .sums = maxima + attend_padded(block_rows_), .weighted = weighted};
   }
 
   // Adds the states of a block's other pieces to the first, in their order, and writes its outputs.
@@ -226,8 +243,7 @@ couplet_status run(const couplet_attend_params* params, void* workspace, void*, 
 void describe(const couplet_attend_params* params, char* text, size_t text_bytes) {
   bool lookup = select(*params, isa()).lookup != nullptr;
   for (int32_t index = 0; index < params->sequence_count; ++index)
-    lookup =
-        lookup && params->sequences[index].query_tokens * (params->query_heads / params->kv_heads) <= most_lookup_rows;
+    lookup = lookup && lookup_is_cheaper(*params, params->sequences[index].query_tokens);
   std::snprintf(text, text_bytes, "attend %s %dc%db %s", isa_name(isa()), params->key_codec.group_channels,
                 params->key_codec.code_bits, lookup ? "lookup" : "tile");
 }

@@ -20,10 +20,9 @@ struct KeyUnit {
   const float* centroids;  // of the kv head: float32 [groups][centroids][channels]
   int64_t group_stride;    // elements
   const uint16_t* places;  // [groups][unit]
-  const float* queries;    // float32 [heads][padded], rotated for this unit
-  int64_t padded;
-  const float* cos;  // float32 [pairs + turned groups][unit][channels]
-  const float* sin;  // likewise; of a turned group -sin and +sin alternate
+  const float* queries;    // float32 [groups][query_block(channels, heads)], turned towards this unit
+  const float* cos;        // float32 [pairs + turned groups][unit][channels]
+  const float* sin;        // likewise; of a turned group -sin and +sin alternate
   GroupRotation rotation;
   float* scores;  // out, float32 [unit][heads]
   struct Fetch {
@@ -31,6 +30,34 @@ struct KeyUnit {
     int64_t bytes;
   } fetch[2];  // memory that is needed soon
 };
+
+// Floats from the queries of one group, [heads][channels], to those of the next: whole vectors, the rest of which is not read.
+constexpr int query_block(int channels, int heads) { return (heads * channels + width - 1) / width * width; }
+
+// Turns queries, [groups][query_block], by a row of angles.
+template <int channels>
+static void turn_queries(const GroupRotation& rotation, int32_t heads, const float* row, const float* queries,
+                         float* out) {
+  int64_t const block = query_block(channels, heads);
+  int64_t const across = rotation.pairs * block;
+  for (int32_t group = 0; group < rotation.pairs; ++group) {
+    Floats const c = repeated<channels>(row + group * channels);
+    Floats const s = repeated<channels>(row + rotary_max_stride + group * channels);
+    for (int64_t i = group * block; i < (group + 1) * block; i += width) {
+      Floats const x = load(queries + i), y = load(queries + i + across);
+      store(out + i, fused_negative(y, s, x * c));
+      store(out + i + across, fused(x, s, y * c));
+    }
+  }
+  for (int32_t group = 0; group < rotation.turned; ++group) {
+    Floats const c = repeated<channels>(row + group * channels);
+    Floats const s = repeated<channels>(row + rotary_max_stride + group * channels);
+    for (int64_t i = group * block; i < (group + 1) * block; i += width) {
+      Floats const x = load(queries + i);
+      store(out + i, fused(neighbours(x, AllLanes{}), s, x * c));
+    }
+  }
+}
 
 // Lanes are (token, channel). All heads share a centroid that was looked up and rotated once; their sums stay in registers
 // over the whole row of channels, and are added up across channels once for the block.
@@ -58,49 +85,50 @@ class KeyKernel {
   static constexpr int together = heads == 8 ? vectors : 1;
 
   static inline void add(Floats (&sums)[vectors][heads], int first, const Floats (&rows)[together],
-                         const float* queries, int64_t padded) {
+                         const float* queries) {
 #pragma GCC unroll 8
     for (int head = 0; head < heads; ++head) {
-      Floats const query = repeated<channels>(queries + head * padded);
+      Floats const query = repeated<channels>(queries + head * channels);
 #pragma GCC unroll 16
       for (int i = 0; i < together; ++i) sums[first + i][head] = fused(rows[i], query, sums[first + i][head]);
     }
   }
 
   static inline void run_block(const KeyUnit& keys, int token) {
+    constexpr int query_stride = query_block(channels, heads);
     Floats sums[vectors][heads] = {};
-    const uint16_t* places = keys.places + token;
-    const float* centroids = keys.centroids;
-    const float* queries = keys.queries;
-    const float* cos = keys.cos + token * channels;
-    const float* sin = keys.sin + token * channels;
-
+    int64_t const group_stride = keys.group_stride;
     int64_t const across = keys.rotation.pairs;
-    int64_t const table_across = across * keys.group_stride;
+    const uint16_t *places = keys.places + token, *high_places = places + across * unit;
+    const float *centroids = keys.centroids, *high_centroids = centroids + across * group_stride;
+    const float *queries = keys.queries, *high_queries = queries + across * query_stride;
+    const float *cos = keys.cos + token * channels, *sin = keys.sin + token * channels;
+
 #pragma GCC unroll 1
-    for (int32_t group = 0; group < keys.rotation.pairs; ++group) {
-      RowReader<channels> low_rows(places), high_rows(places + across * unit);
+    for (int32_t group = keys.rotation.pairs; group > 0; --group) {
+      RowReader<channels> low_rows(places), high_rows(high_places);
 #pragma GCC unroll 16
       for (int first = 0; first < vectors; first += together) {
         Floats low[together], high[together];
 #pragma GCC unroll 16
         for (int i = 0; i < together; ++i) {
           int const v = first + i;
-          Floats const x = low_rows.read(centroids, v), y = high_rows.read(centroids + table_across, v);
+          Floats const x = low_rows.read(centroids, v), y = high_rows.read(high_centroids, v);
           Floats const c = load(cos + v * width), s = load(sin + v * width);
           low[i] = fused_negative(y, s, x * c);
           high[i] = fused(x, s, y * c);
         }
-        add(sums, first, low, queries, keys.padded);
-        add(sums, first, high, queries + across * channels, keys.padded);
+        add(sums, first, low, queries);
+        add(sums, first, high, high_queries);
       }
-      places += unit, centroids += keys.group_stride, queries += channels, cos += unit * channels,
-          sin += unit * channels;
+      places += unit, centroids += group_stride, queries += query_stride;
+      high_places += unit, high_centroids += group_stride, high_queries += query_stride;
+      cos += unit * channels, sin += unit * channels;
     }
-    places += across * unit, centroids += table_across, queries += across * channels;
+    places = high_places, centroids = high_centroids, queries = high_queries;
 
 #pragma GCC unroll 1
-    for (int32_t group = 0; group < keys.rotation.turned; ++group) {
+    for (int32_t group = keys.rotation.turned; group > 0; --group) {
       RowReader<channels> rows(places);
 #pragma GCC unroll 16
       for (int first = 0; first < vectors; first += together) {
@@ -111,48 +139,51 @@ class KeyKernel {
           Floats const x = rows.read(centroids, v);
           turned[i] = fused(neighbours(x, AllLanes{}), load(sin + v * width), x * load(cos + v * width));
         }
-        add(sums, first, turned, queries, keys.padded);
+        add(sums, first, turned, queries);
       }
-      places += unit, centroids += keys.group_stride, queries += channels, cos += unit * channels,
-          sin += unit * channels;
+      places += unit, centroids += group_stride, queries += query_stride;
+      cos += unit * channels, sin += unit * channels;
     }
 
 #pragma GCC unroll 1
-    for (int32_t group = 0; group < keys.rotation.plain; ++group) {
+    for (int32_t group = keys.rotation.plain; group > 0; --group) {
       RowReader<channels> rows(places);
 #pragma GCC unroll 16
       for (int first = 0; first < vectors; first += together) {
         Floats plain[together];
 #pragma GCC unroll 16
         for (int i = 0; i < together; ++i) plain[i] = rows.read(centroids, first + i);
-        add(sums, first, plain, queries, keys.padded);
+        add(sums, first, plain, queries);
       }
-      places += unit, centroids += keys.group_stride, queries += channels;
+      places += unit, centroids += group_stride, queries += query_stride;
     }
     store_scores<channels, heads, vectors>(sums, keys.scores + token * heads);
   }
 };
 
-using KeyFunction = void (*)(const KeyUnit& keys);
+struct KeyFunctions {
+  void (*score)(const KeyUnit& keys);
+  void (*turn)(const GroupRotation& rotation, int32_t heads, const float* row, const float* queries, float* out);
+};
 
 template <int channels>
-static inline KeyFunction key_function(int32_t heads) {
-  if (heads == 8) return KeyKernel<channels, 8>::run;
-  if (heads == 4) return KeyKernel<channels, 4>::run;
-  if (heads == 2) return KeyKernel<channels, 2>::run;
-  return KeyKernel<channels, 1>::run;
+static inline KeyFunctions key_functions(int32_t heads) {
+  if (heads == 8) return {KeyKernel<channels, 8>::run, turn_queries<channels>};
+  if (heads == 4) return {KeyKernel<channels, 4>::run, turn_queries<channels>};
+  if (heads == 2) return {KeyKernel<channels, 2>::run, turn_queries<channels>};
+  return {KeyKernel<channels, 1>::run, turn_queries<channels>};
 }
 
 // NULL when no kernel looks up rows of so many channels.
-static inline KeyFunction find_key_function(int32_t channels, int32_t heads) {
+static inline KeyFunctions find_key_functions(int32_t channels, int32_t heads) {
   switch (channels) {
-    case 2: return key_function<2>(heads);
-    case 4: return key_function<4>(heads);
-    case 8: return key_function<8>(heads);
+    case 2: return key_functions<2>(heads);
+    case 4: return key_functions<4>(heads);
+    case 8: return key_functions<8>(heads);
 #if defined(__AVX512F__)
-    case 16: return key_function<16>(heads);
+    case 16: return key_functions<16>(heads);
 #endif
-    default: return nullptr;
+    default: return {};
   }
 }
 

@@ -81,6 +81,16 @@ static inline float largest_of(Floats value) {
   return largest;
 }
 
+static inline bool any(Ints lanes) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512i>(lanes)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(lanes)) != 0;
+#else
+  return (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0;
+#endif
+}
+
 // 2^fraction for |fraction| <= 1/2: minimax polynomial, relative error 9.1e-8 before rounding.
 static inline Floats exp2_of_fraction(Floats fraction) {
   Floats power = all(1.326472726e-3f);
@@ -122,24 +132,40 @@ static inline Floats tanh_of(Floats x) {
   return magnitude < 0.625f ? small : (x < 0 ? -large : large);
 }
 
-// c[row][column] = (add ? c : 0) + sum over depth of a[row][depth] * b[depth][column], for `rows` rows and `vectors` vectors
-// of columns. b is read once for all rows; the sums stay in registers.
+// c[row][column] = (add ? c : 0) + sum over depth of a[row][depth] * b[depth][column].
+struct Product {
+  int32_t rows;
+  int32_t columns;  // a multiple of `width`
+  int32_t depth;
+  bool add;
+  const float* a;
+  int64_t a_row_stride;
+  int64_t a_depth_stride;
+  const float* b;
+  int64_t b_stride;
+  float* c;
+  int64_t c_stride;
+};
+
+// `rows` rows and `vectors` vectors of columns: b is read once for all rows; the sums stay in registers.
 template <int rows, int vectors>
-static inline void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int32_t depth,
-                                  float* c, int64_t c_stride, bool add) {
+static inline void multiply_block(const Product& of) {
   Floats sums[rows][vectors] = {};
-  for (int32_t k = 0; k < depth; ++k) {
+  const float* a = of.a;
+  const float* b = of.b;
+  int64_t const a_row_stride = of.a_row_stride, a_depth_stride = of.a_depth_stride, b_stride = of.b_stride;
+  for (int32_t depth = of.depth; depth > 0; --depth, a += a_depth_stride, b += b_stride) {
     Floats columns[vectors];
-    for (int v = 0; v < vectors; ++v) columns[v] = load(b + k * b_stride + v * width);
+    for (int v = 0; v < vectors; ++v) columns[v] = load(b + v * width);
     for (int r = 0; r < rows; ++r) {
-      Floats const factor = all(a[r * a_stride + k]);
+      Floats const factor = all(a[r * a_row_stride]);
       for (int v = 0; v < vectors; ++v) sums[r][v] = fused(factor, columns[v], sums[r][v]);
     }
   }
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < vectors; ++v) {
-      float* const to = c + r * c_stride + v * width;
-      store(to, add ? load(to) + sums[r][v] : sums[r][v]);
+      float* const to = of.c + r * of.c_stride + v * width;
+      store(to, of.add ? load(to) + sums[r][v] : sums[r][v]);
     }
 }
 
@@ -149,49 +175,26 @@ constexpr int block_rows = width == 4 ? 4 : 6;
 constexpr int block_vectors = width == 16 ? 4 : 2;
 
 template <int vectors>
-static inline void multiply_columns(int32_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                                    int32_t depth, float* c, int64_t c_stride, bool add) {
-  for (; rows >= block_rows; rows -= block_rows, a += block_rows * a_stride, c += block_rows * c_stride)
-    multiply_block<block_rows, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
-  switch (rows) {
-    case 5: return multiply_block<5, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
-    case 4: return multiply_block<4, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
-    case 3: return multiply_block<3, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
-    case 2: return multiply_block<2, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
-    case 1: return multiply_block<1, vectors>(a, a_stride, b, b_stride, depth, c, c_stride, add);
+static inline void multiply_columns(Product of) {
+  for (; of.rows >= block_rows; of.rows -= block_rows) {
+    multiply_block<block_rows, vectors>(of);
+    of.a += block_rows * of.a_row_stride;
+    of.c += block_rows * of.c_stride;
+  }
+  switch (of.rows) {
+    case 5: return multiply_block<5, vectors>(of);
+    case 4: return multiply_block<4, vectors>(of);
+    case 3: return multiply_block<3, vectors>(of);
+    case 2: return multiply_block<2, vectors>(of);
+    case 1: return multiply_block<1, vectors>(of);
     default: return;
   }
 }
 
-// The same for any number of rows and a multiple of `width` columns.
-static inline void multiply(int32_t rows, int32_t columns, const float* a, int64_t a_stride, const float* b,
-                            int64_t b_stride, int32_t depth, float* c, int64_t c_stride, bool add) {
-  int32_t column = 0;
-  for (; column + block_vectors * width <= columns; column += block_vectors * width)
-    multiply_columns<block_vectors>(rows, a, a_stride, b + column, b_stride, depth, c + column, c_stride, add);
-  for (; column < columns; column += width)
-    multiply_columns<1>(rows, a, a_stride, b + column, b_stride, depth, c + column, c_stride, add);
-}
-
-// to[column][row] = from[row][column]; rows and columns are multiples of 4.
-static inline void transpose(const float* from, int64_t from_stride, int32_t rows, int32_t columns, float* to,
-                             int64_t to_stride) {
-  typedef float Four __attribute__((vector_size(16)));
-  typedef float FourAnywhere __attribute__((vector_size(16), aligned(4), may_alias));
-  for (int32_t column = 0; column < columns; column += 4)
-    for (int32_t row = 0; row < rows; row += 4) {
-      Four lines[4];
-      for (int i = 0; i < 4; ++i)
-        lines[i] = *reinterpret_cast<const FourAnywhere*>(from + (row + i) * from_stride + column);
-      Four const low01 = __builtin_shufflevector(lines[0], lines[1], 0, 4, 1, 5);
-      Four const low23 = __builtin_shufflevector(lines[2], lines[3], 0, 4, 1, 5);
-      Four const high01 = __builtin_shufflevector(lines[0], lines[1], 2, 6, 3, 7);
-      Four const high23 = __builtin_shufflevector(lines[2], lines[3], 2, 6, 3, 7);
-      Four const turned[4] = {
-          __builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
-          __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
-      for (int i = 0; i < 4; ++i) *reinterpret_cast<FourAnywhere*>(to + (column + i) * to_stride + row) = turned[i];
-    }
+static inline void multiply(Product of) {
+  constexpr int block = block_vectors * width;
+  for (; of.columns >= block; of.columns -= block, of.b += block, of.c += block) multiply_columns<block_vectors>(of);
+  for (; of.columns > 0; of.columns -= width, of.b += width, of.c += width) multiply_columns<1>(of);
 }
 
 }  // namespace couplet::cpu::COUPLET_BODY

@@ -19,9 +19,6 @@ constexpr float rescale_threshold = 8;  // in powers of two
 constexpr int64_t most_mass_bytes = 1 << 20;
 constexpr int32_t most_heads = 8;
 
-// Heads handled at once for `left` of them: 1, 2, 4 or 8; a few idle ones cost less than a second pass.
-static inline int32_t heads_at_once(int32_t left) { return left > 4 ? 8 : left > 2 ? 4 : left; }
-
 static inline GroupRotation group_rotation(const couplet_rotary* rotary, int32_t groups, int32_t channels) {
   if (!rotary) return {0, 0, groups};
   int32_t const turned = rotary->rotary_dim / channels;
@@ -34,7 +31,8 @@ class LookupBody {
   static bool fits(const couplet_attend_params& params) {
     if (!params.key_table || !params.value_table || params.page_tokens % unit != 0) return false;
     int32_t const channels = params.key_codec.group_channels;
-    if (!find_key_function(channels, 1) || !find_value_function(params.value_codec.group_channels, 1)) return false;
+    if (!find_key_functions(channels, 1).score || !find_value_function(params.value_codec.group_channels, 1, 1))
+      return false;
     if (!params.rotary) return true;
     return params.rotary->rotary_dim % (params.rotary->kind == COUPLET_ROTARY_HALF ? 2 * channels : channels) == 0;
   }
@@ -56,7 +54,7 @@ class LookupBody {
     if (params_.rotary && params_.rotary->linear) arrange_angles(0);
     for (int32_t token = 0; token < task_->query_tokens; ++token)
       for (int32_t head = 0, heads; head < group_heads_; head += heads) {
-        heads = heads_at_once(group_heads_ - head);
+        heads = attend_heads_at_once(group_heads_ - head);
         run_heads(token, head, heads);
       }
   }
@@ -74,7 +72,7 @@ class LookupBody {
     value_groups_ = couplet_codec_groups(params.value_codec, params.head_dim);
     value_centroids_ = couplet_codec_centroids(params.value_codec);
     rotation_ = group_rotation(params.rotary, key_groups_, params.key_codec.group_channels);
-    int32_t const most = heads_at_once(group_heads_);
+    int32_t const most = attend_heads_at_once(group_heads_);
     mass_bytes_ = int64_t{value_groups_} * value_centroids_ * most * 4;
     if (most < 4 || (params.value_codec.group_channels != 4 && params.value_codec.group_channels != 8) ||
         mass_bytes_ > most_mass_bytes)
@@ -88,14 +86,15 @@ class LookupBody {
       at += (count * static_cast<int64_t>(sizeof *pointer) + 63) / 64 * 64;
     };
     int64_t const angles = int64_t{rotation_.pairs + rotation_.turned} * params_.key_codec.group_channels * unit;
-    take(queries_, most_heads * padded_);
-    take(rotated_, most_heads * padded_);
+    int64_t const queries = int64_t{key_groups_} * query_block(params_.key_codec.group_channels, most_heads);
+    take(queries_, queries);
+    take(turned_, queries);
     take(weighted_, most_heads * padded_);
     take(cos_, angles);
     take(sin_, angles);
     take(row_, 2 * rotary_max_stride);
     take(key_places_, int64_t{key_groups_} * unit + 3);  // readers take four at a time
-    take(value_places_, block_tokens);
+    take(value_places_, 4 * block_tokens);
     take(scores_, block_tokens * most_heads);
     take(twice_, params_.value_codec.group_channels == 2 ? 2 * block_tokens * most_heads : 0);
     take(mass_, mass_bytes_ / 4);
@@ -109,7 +108,8 @@ class LookupBody {
     if (seen.begin >= seen.end) return;
     heads_ = heads;
     end_ = seen.end;
-    scores_of_ = find_key_function(params_.key_codec.group_channels, heads);
+    key_functions_ = find_key_functions(params_.key_codec.group_channels, heads);
+    query_block_ = query_block(params_.key_codec.group_channels, heads);
     // Mass costs a pass over all centroids at the end: worth it when there are a few tokens for each.
     bool const mass = mass_bytes_ > 0 && heads >= 4 && seen.end - seen.begin >= value_centroids_ * (heads == 4 ? 8 : 2);
     mass_used_ = mass ? int64_t{value_groups_} * value_centroids_ * heads : 0;
@@ -133,18 +133,22 @@ class LookupBody {
   // Queries times what turns q.k into the exponent of two (or the argument of tanh) and, where angles are linear, times both
   // amplitudes. Heads beyond the last are zero.
   void load_queries(int32_t token, int32_t first_head) {
+    int32_t const channels = params_.key_codec.group_channels;
     float const factor = params_.softcap > 0 ? params_.scale / params_.softcap : params_.scale * log2_e;
-    memset(queries_, 0, static_cast<size_t>(heads_ * padded_) * sizeof(float));
+    size_t const bytes = static_cast<size_t>(key_groups_ * query_block_) * sizeof(float);
+    memset(queries_, 0, bytes);
     for (int32_t head = 0; head < attend_smaller(heads_, group_heads_ - first_head); ++head) {
       const float* const from =
           sequence_->queries + (task_->first_query + token) * sequence_->query_token_stride +
           (int64_t{task_->kv_head} * group_heads_ + first_head + head) * sequence_->query_head_stride;
-      for (int32_t channel = 0; channel < params_.head_dim; ++channel)
-        queries_[head * padded_ + channel] = from[channel] * factor;
-      if (params_.rotary) scale_by_amplitude(*params_.rotary, queries_ + head * padded_);
+      for (int32_t channel = 0; channel < params_.head_dim; ++channel) row_[channel] = from[channel] * factor;
+      if (params_.rotary) scale_by_amplitude(*params_.rotary, row_);
+      for (int32_t group = 0; group < key_groups_; ++group)
+        memcpy(queries_ + group * query_block_ + head * channels, row_ + group * channels,
+               static_cast<size_t>(channels) * sizeof(float));
     }
-    memcpy(rotated_, queries_, static_cast<size_t>(heads_ * padded_) * sizeof(float));
-    if (params_.rotary && !params_.rotary->linear) rotate_queries(0);
+    memcpy(turned_, queries_, bytes);
+    if (params_.rotary && !params_.rotary->linear) turn_queries_towards(0);
   }
 
   // Brings the rows of angles of a unit's keys into the order of its vectors: [group][token][channel].
@@ -162,10 +166,9 @@ class LookupBody {
         }
   }
 
-  void rotate_queries(int32_t first) {
-    const couplet_rotary& rotary = *params_.rotary;
-    turn_towards(rotary, attend_larger(position_, first), first, row_);
-    rotate(rotary, row_, row_ + rotary_max_stride, queries_, rotated_, heads_, padded_);
+  void turn_queries_towards(int32_t first) {
+    turn_towards(*params_.rotary, attend_larger(position_, first), first, row_);
+    key_functions_.turn(rotation_, heads_, row_, queries_, turned_);
   }
 
   // Where the units of the block from position `first` on lie.
@@ -200,8 +203,7 @@ class LookupBody {
     KeyUnit keys = {.centroids = table.rows + group_offset(table, task_->kv_head, 0),
                     .group_stride = group_stride(table),
                     .places = key_places_,
-                    .queries = rotated_,
-                    .padded = padded_,
+                    .queries = turned_,
                     .cos = cos_,
                     .sin = sin_,
                     .rotation = rotation_,
@@ -210,10 +212,10 @@ class LookupBody {
     for (int32_t i = 0; i < tokens / unit; ++i, keys.scores += unit * heads_) {
       unpack_unit(units_[i].page + params_.key_page_offset + task_->kv_head * params_.key_page_stride, row_bytes,
                   key_groups_, table.codec.code_bits, units_[i].slot, shift, key_places_);
-      if (params_.rotary && params_.rotary->linear) rotate_queries(first + i * unit);
+      if (params_.rotary && params_.rotary->linear) turn_queries_towards(first + i * unit);
       if (params_.rotary && !params_.rotary->linear) arrange_angles(first + i * unit);
       fetch(units_[i], first + i * unit + params_.page_tokens, keys.fetch);
-      scores_of_(keys);
+      key_functions_.score(keys);
     }
     if (params_.softcap > 0)
       for (int32_t i = 0; i < tokens * heads_; i += width)
@@ -274,6 +276,7 @@ class LookupBody {
   ValueBlock value_block(int32_t group) const {
     const couplet_table& table = *params_.value_table;
     return {.centroids = table.rows + group_offset(table, task_->kv_head, group),
+            .group_stride = group_stride(table),
             .places = value_places_,
             .probabilities = table.codec.group_channels == 2 ? twice_ : scores_,
             .tokens = 0,
@@ -286,17 +289,22 @@ class LookupBody {
     couplet_codec const codec = params_.value_codec;
     int64_t const row_bytes = couplet_row_bytes(codec, params_.page_tokens);
     int const shift = place_shift(mass_used_ > 0 ? heads_ : codec.group_channels);
-    ValueFunction const add = mass_used_ == 0 ? find_value_function(codec.group_channels, heads_)
-                              : heads_ == 8   ? add_mass<8>
-                                              : add_mass<4>;
-    for (int32_t group = 0; group < value_groups_; ++group) {
+    int32_t const most = mass_used_ > 0 ? 1 : groups_at_once(codec.group_channels, heads_);
+    for (int32_t group = 0, groups; group < value_groups_; group += groups) {
+      groups = value_groups_ - group >= most ? most : 1;
       int64_t const row = params_.value_page_offset + task_->kv_head * params_.value_page_stride + group * row_bytes;
-      for (int32_t i = 0; i < tokens / unit; ++i)
-        unpack_unit(units_[i].page + row, row_bytes, 1, codec.code_bits, units_[i].slot, shift,
-                    value_places_ + i * unit);
+      for (int32_t g = 0; g < groups; ++g)
+        for (int32_t i = 0; i < tokens / unit; ++i)
+          unpack_unit(units_[i].page + row + g * row_bytes, row_bytes, 1, codec.code_bits, units_[i].slot, shift,
+                      value_places_ + g * block_tokens + i * unit);
       ValueBlock block = value_block(group);
       block.tokens = tokens;
-      add(block);
+      if (mass_used_ == 0)
+        find_value_function(codec.group_channels, heads_, groups)(block);
+      else if (heads_ == 8)
+        add_mass<8>(block);
+      else
+        add_mass<4>(block);
     }
   }
 
@@ -341,18 +349,19 @@ class LookupBody {
   // Of the heads in hand.
   int32_t heads_ = 0, position_ = 0, end_ = 0;
   int64_t mass_used_ = 0;  // floats
-  KeyFunction scores_of_ = nullptr;
+  KeyFunctions key_functions_{};
+  int64_t query_block_ = 0;
   Floats maxima_{}, sums_{};
   Unit units_[block_units]{};  // of the block in hand
 
-  float* queries_ = nullptr;          // [heads][padded]
-  float* rotated_ = nullptr;          // [heads][padded], to the unit in hand
+  float* queries_ = nullptr;          // [key groups][query_block]
+  float* turned_ = nullptr;           // likewise, turned towards the unit in hand
   float* weighted_ = nullptr;         // [heads][padded]
   float* cos_ = nullptr;              // [pairs + turned groups][unit][channels]
   float* sin_ = nullptr;              // likewise
   float* row_ = nullptr;              // cos, then sin of a row of angles: [2][rotary_max_stride]
   uint16_t* key_places_ = nullptr;    // [groups][unit]
-  uint16_t* value_places_ = nullptr;  // [block_tokens] of one group
+  uint16_t* value_places_ = nullptr;  // [groups at once][block_tokens]
   float* scores_ = nullptr;           // [block_tokens][heads]; then probabilities
   float* twice_ = nullptr;            // [heads][block_tokens][2]: probabilities for the gathering kernel
   float* mass_ = nullptr;             // [groups][centroids][heads]

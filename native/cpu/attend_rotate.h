@@ -12,43 +12,32 @@ static inline Floats neighbours(Floats v, Lanes<lane...>) {
   return __builtin_shufflevector(v, v, (lane ^ 1)...);
 }
 
-// Rotates the rotary channels of `rows` rows, `stride` floats apart, by one row of angles. out may be row itself.
+// Rotates the rotary channels of a row by a row of angles. out may be row itself.
 static inline void rotate(const couplet_rotary& rotary, const float* cos, const float* sin, const float* row,
-                          float* out, int32_t rows = 1, int64_t stride = 0) {
+                          float* out) {
   int32_t const half = rotary.rotary_dim / 2;
+  int32_t i = 0;
   if (rotary.kind == COUPLET_ROTARY_HALF) {
-    int32_t i = 0;
     for (; i + width <= half; i += width) {
-      Floats const c = load(cos + i), s = load(sin + i);
-      for (int32_t r = 0; r < rows; ++r) {
-        int64_t const at = i + r * stride;
-        Floats const x = load(row + at), y = load(row + at + half);
-        store(out + at, fused_negative(y, s, x * c));
-        store(out + at + half, fused(x, s, y * c));
-      }
+      Floats const x = load(row + i), y = load(row + i + half), c = load(cos + i), s = load(sin + i);
+      store(out + i, fused_negative(y, s, x * c));
+      store(out + i + half, fused(x, s, y * c));
     }
-    for (; i < half; ++i)
-      for (int32_t r = 0; r < rows; ++r) {
-        int64_t const at = i + r * stride;
-        float const x = row[at], y = row[at + half];
-        out[at] = x * cos[i] - y * sin[i];
-        out[at + half] = y * cos[i] + x * sin[i];
-      }
+    for (; i < half; ++i) {
+      float const x = row[i], y = row[i + half];
+      out[i] = x * cos[i] - y * sin[i];
+      out[i + half] = y * cos[i] + x * sin[i];
+    }
   } else {
-    int32_t i = 0;
     for (; i + width <= 2 * half; i += width) {
-      Floats const c = load(cos + i), s = load(sin + i);
-      for (int32_t r = 0; r < rows; ++r) {
-        Floats const x = load(row + i + r * stride);
-        store(out + i + r * stride, fused(neighbours(x, AllLanes{}), s, x * c));
-      }
+      Floats const x = load(row + i);
+      store(out + i, fused(neighbours(x, AllLanes{}), load(sin + i), x * load(cos + i)));
     }
-    for (; i < 2 * half; i += 2)
-      for (int32_t r = 0; r < rows; ++r) {
-        float const x = row[i + r * stride], y = row[i + 1 + r * stride];
-        out[i + r * stride] = x * cos[i] + y * sin[i];
-        out[i + 1 + r * stride] = y * cos[i + 1] + x * sin[i + 1];
-      }
+    for (; i < 2 * half; i += 2) {
+      float const x = row[i], y = row[i + 1];
+      out[i] = x * cos[i] + y * sin[i];
+      out[i + 1] = y * cos[i + 1] + x * sin[i + 1];
+    }
   }
 }
 

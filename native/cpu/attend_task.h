@@ -22,12 +22,13 @@ struct AttendTask {
 // Softmax in progress, in powers of two: weighted = sum of 2^(logit - maximum) * value, sums = sum of 2^(logit - maximum).
 // A row that has seen no key has maximum -infinity, sum 0 and weighted 0.
 struct AttendState {
-  float* maxima;    // float32 [rows]
-  float* sums;      // float32 [rows]
+  float* maxima;    // float32 [rows rounded up to 16]
+  float* sums;      // likewise
   float* weighted;  // float32 [rows][padded head_dim]
 };
 
-constexpr int32_t attend_padded(int32_t head_dim) { return (head_dim + 15) / 16 * 16; }
+// Rows and channels are laid out in whole vectors of the widest instruction set.
+constexpr int32_t attend_padded(int32_t count) { return (count + 15) / 16 * 16; }
 
 // The general body of one instruction set: any codec, any number of rows.
 struct AttendTile {
@@ -41,6 +42,9 @@ struct AttendLookup {
   size_t (*scratch)(const couplet_attend_params& params);
   void (*run)(const AttendTask& task, AttendState state, void* scratch);
 };
+
+// Query heads that one pass of a lookup body serves when `left` are to go; a few idle ones cost less than a second pass.
+static inline int32_t attend_heads_at_once(int32_t left) { return left > 4 ? 8 : left > 2 ? 4 : left; }
 
 extern const AttendTile attend_tile_portable;
 extern const AttendTile attend_tile_avx2;

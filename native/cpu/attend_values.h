@@ -10,12 +10,13 @@
 
 namespace couplet::cpu::COUPLET_BODY {
 
-constexpr int block_units = 16;  // units whose scores wait for their values: 512 tokens
+constexpr int block_units = 32;  // units whose scores wait for their values: 1024 tokens
 constexpr int block_tokens = block_units * 32;
 
 struct ValueBlock {
-  const float* centroids;      // of the group: float32 [centroids][channels]
-  const uint16_t* places;      // [tokens]: rows of mass, or of centroids
+  const float* centroids;      // of the first group: float32 [centroids][channels]
+  int64_t group_stride;        // elements from one group's centroids to the next's
+  const uint16_t* places;      // [groups][block_tokens]: rows of mass, or of centroids
   const float* probabilities;  // float32 [tokens][heads]; for gather [heads][tokens][2], each probability twice
   int32_t tokens;              // a multiple of 32
   float* mass;                 // of the group: float32 [centroids][heads]
@@ -96,30 +97,35 @@ static void spend_mass(const ValueBlock& values, int32_t centroids) {
     for (int head = 0; head < heads; ++head) values.weighted[head * values.padded + c] += sums[c][head];
 }
 
-template <int channels, int heads>
+template <int channels, int heads, int groups>
 static void add_rows(const ValueBlock& values) {
   using Row = typename RowOf<channels>::Type;
-  constexpr int apart = heads == 1 ? 4 : heads == 2 ? 2 : 1;  // chains of additions for each head
-  Row sums[apart][heads] = {};
+  Row sums[groups][heads] = {};
   const uint16_t* places = values.places;
   const float* probabilities = values.probabilities;
   const float* const centroids = values.centroids;
+  int64_t const group_stride = values.group_stride;
   for (const uint16_t* const end = places + values.tokens; places < end; places += 4, probabilities += 4 * heads) {
-    uint64_t four;
-    memcpy(&four, places, sizeof four);
+    uint64_t four[groups];
+    for (int group = 0; group < groups; ++group)
+      memcpy(&four[group], places + group * block_tokens, sizeof four[group]);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i, four >>= 16) {
-      Row const row = load_row<Row>(row_at(centroids, four));
+    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+      for (int group = 0; group < groups; ++group) {
+        Row const row = load_row<Row>(row_at(centroids + group * group_stride, four[group]));
+        four[group] >>= 16;
 #pragma GCC unroll 8
-      for (int head = 0; head < heads; ++head)
-        sums[i % apart][head] = fused_row(row, probabilities[i * heads + head] - Row{}, sums[i % apart][head]);
+        for (int head = 0; head < heads; ++head)
+          sums[group][head] = fused_row(row, probabilities[i * heads + head] - Row{}, sums[group][head]);
+      }
     }
   }
-  for (int head = 0; head < heads; ++head) {
-    for (int i = 1; i < apart; ++i) sums[0][head] += sums[i][head];
-    float* const to = values.weighted + head * values.padded;
-    store_row<Row>(to, load_row<Row>(to) + sums[0][head]);
-  }
+  for (int group = 0; group < groups; ++group)
+    for (int head = 0; head < heads; ++head) {
+      float* const to = values.weighted + head * values.padded + group * channels;
+      store_row<Row>(to, load_row<Row>(to) + sums[group][head]);
+    }
 }
 
 template <int heads>
@@ -141,25 +147,32 @@ static void add_gathered(const ValueBlock& values) {
   }
 }
 
+// Groups that one call of a row function covers when there are as many: their chains of additions run side by side.
+static inline int32_t groups_at_once(int32_t channels, int32_t heads) { return channels == 2 || heads > 2 ? 1 : 4; }
+
 template <int channels>
-static inline ValueFunction row_function(int32_t heads) {
-  if (heads == 8) return add_rows<channels, 8>;
-  if (heads == 4) return add_rows<channels, 4>;
-  if (heads == 2) return add_rows<channels, 2>;
-  return add_rows<channels, 1>;
+static inline ValueFunction row_function(int32_t heads, int32_t groups) {
+  if (heads == 8) return add_rows<channels, 8, 1>;
+  if (heads == 4) return add_rows<channels, 4, 1>;
+  if (heads == 2) return groups == 4 ? add_rows<channels, 2, 4> : add_rows<channels, 2, 1>;
+  return groups == 4 ? add_rows<channels, 1, 4> : add_rows<channels, 1, 1>;
 }
 
-static inline ValueFunction find_value_function(int32_t channels, int32_t heads) {
+static inline ValueFunction gather_function(int32_t heads) {
+  if (heads == 8) return add_gathered<8>;
+  if (heads == 4) return add_gathered<4>;
+  if (heads == 2) return add_gathered<2>;
+  return add_gathered<1>;
+}
+
+// NULL when no kernel looks up rows of so many channels.
+static inline ValueFunction find_value_function(int32_t channels, int32_t heads, int32_t groups) {
   switch (channels) {
-    case 2:
-      return heads == 8   ? add_gathered<8>
-             : heads == 4 ? add_gathered<4>
-             : heads == 2 ? add_gathered<2>
-                          : add_gathered<1>;
-    case 4: return row_function<4>(heads);
-    case 8: return row_function<8>(heads);
+    case 2: return gather_function(heads);
+    case 4: return row_function<4>(heads, groups);
+    case 8: return row_function<8>(heads, groups);
 #if defined(__AVX512F__)
-    case 16: return row_function<16>(heads);
+    case 16: return row_function<16>(heads, groups);
 #endif
     default: return nullptr;
   }

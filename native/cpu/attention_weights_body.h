@@ -94,12 +94,30 @@ class WeightsBody {
       rotate(first + r, query, queries_ + r * padded_);
     }
     int32_t const columns = end - begin;
-    multiply(rows, columns, queries_, padded_, keys_by_channel_ + begin, stride_, params_.head_dim, scores_ + begin,
-             stride_, false);
+    multiply({.rows = rows,
+              .columns = columns,
+              .depth = params_.head_dim,
+              .add = false,
+              .a = queries_,
+              .a_row_stride = padded_,
+              .a_depth_stride = 1,
+              .b = keys_by_channel_ + begin,
+              .b_stride = stride_,
+              .c = scores_ + begin,
+              .c_stride = stride_});
     for (int32_t r = 0; r < rows; ++r) softmax(first + r, begin, end, scores_ + r * stride_);
     int32_t const seen = (end < tokens_ ? end : tokens_) - begin;
-    multiply(rows, static_cast<int32_t>(padded_), scores_ + begin, stride_, values_ + begin * padded_, padded_, seen,
-             outputs_, padded_, false);
+    multiply({.rows = rows,
+              .columns = static_cast<int32_t>(padded_),
+              .depth = seen,
+              .add = false,
+              .a = scores_ + begin,
+              .a_row_stride = stride_,
+              .a_depth_stride = 1,
+              .b = values_ + begin * padded_,
+              .b_stride = padded_,
+              .c = outputs_,
+              .c_stride = padded_});
 
     memset(key_part_ + begin, 0, static_cast<size_t>(columns) * sizeof(float));
     memset(value_part_ + begin, 0, static_cast<size_t>(columns) * sizeof(float));

@@ -59,6 +59,18 @@ static void turn_queries(const GroupRotation& rotation, int32_t heads, const flo
   }
 }
 
+// Brings rows of angles of `tokens` keys into the order of the kernel's vectors: cos and sin [groups][unit][channels].
+template <int channels>
+static void arrange_angles(const GroupRotation& rotation, const AngleRows& rows, int32_t tokens, float* cos,
+                           float* sin) {
+  for (int32_t group = 0; group < rotation.pairs + rotation.turned; ++group)
+    for (int32_t token = 0; token < tokens; ++token) {
+      int64_t const to = (int64_t{group} * unit + token) * channels, from = token * rows.stride + group * channels;
+      memcpy(cos + to, rows.cos + from, channels * sizeof(float));
+      memcpy(sin + to, rows.sin + from, channels * sizeof(float));
+    }
+}
+
 // Lanes are (token, channel). All heads share a centroid that was looked up and rotated once; their sums stay in registers
 // over the whole row of channels, and are added up across channels once for the block.
 template <int channels, int heads>
@@ -164,14 +176,15 @@ class KeyKernel {
 struct KeyFunctions {
   void (*score)(const KeyUnit& keys);
   void (*turn)(const GroupRotation& rotation, int32_t heads, const float* row, const float* queries, float* out);
+  void (*arrange)(const GroupRotation& rotation, const AngleRows& rows, int32_t tokens, float* cos, float* sin);
 };
 
 template <int channels>
 static inline KeyFunctions key_functions(int32_t heads) {
-  if (heads == 8) return {KeyKernel<channels, 8>::run, turn_queries<channels>};
-  if (heads == 4) return {KeyKernel<channels, 4>::run, turn_queries<channels>};
-  if (heads == 2) return {KeyKernel<channels, 2>::run, turn_queries<channels>};
-  return {KeyKernel<channels, 1>::run, turn_queries<channels>};
+  if (heads == 8) return {KeyKernel<channels, 8>::run, turn_queries<channels>, arrange_angles<channels>};
+  if (heads == 4) return {KeyKernel<channels, 4>::run, turn_queries<channels>, arrange_angles<channels>};
+  if (heads == 2) return {KeyKernel<channels, 2>::run, turn_queries<channels>, arrange_angles<channels>};
+  return {KeyKernel<channels, 1>::run, turn_queries<channels>, arrange_angles<channels>};
 }
 
 // NULL when no kernel looks up rows of so many channels.

@@ -51,7 +51,7 @@ class LookupBody {
   }
 
   void run() {
-    if (params_.rotary && params_.rotary->linear) arrange_angles(0);
+    if (params_.rotary && params_.rotary->linear) arrange_angles_of(0);
     for (int32_t token = 0; token < task_->query_tokens; ++token)
       for (int32_t head = 0, heads; head < group_heads_; head += heads) {
         heads = attend_heads_at_once(group_heads_ - head);
@@ -111,7 +111,7 @@ class LookupBody {
     key_functions_ = find_key_functions(params_.key_codec.group_channels, heads);
     query_block_ = query_block(params_.key_codec.group_channels, heads);
     // Mass costs a pass over all centroids at the end: worth it when there are a few tokens for each.
-    bool const mass = mass_bytes_ > 0 && heads >= 4 && seen.end - seen.begin >= value_centroids_ * (heads == 4 ? 8 : 2);
+    bool const mass = mass_bytes_ > 0 && heads >= 4 && seen.end - seen.begin >= value_centroids_ * (heads == 4 ? 3 : 2);
     mass_used_ = mass ? int64_t{value_groups_} * value_centroids_ * heads : 0;
     memset(mass_, 0, static_cast<size_t>(mass_used_) * sizeof(float));
     memset(weighted_, 0, static_cast<size_t>(heads * padded_) * sizeof(float));
@@ -151,19 +151,11 @@ class LookupBody {
     if (params_.rotary && !params_.rotary->linear) turn_queries_towards(0);
   }
 
-  // Brings the rows of angles of a unit's keys into the order of its vectors: [group][token][channel].
-  void arrange_angles(int32_t first) {
-    int32_t const channels = params_.key_codec.group_channels;
-    AngleRows const rows = key_angles(*params_.rotary, first);
-    int32_t const last = params_.rotary->linear ? unit : attend_smaller(unit, params_.rotary->positions - first);
-    for (int32_t token = 0; token < last; ++token)
-      for (int32_t group = 0; group < rotation_.pairs + rotation_.turned; ++group)
-        for (int32_t c = 0; c < channels; ++c) {
-          int64_t const to = (int64_t{group} * unit + token) * channels + c,
-                        from = token * rows.stride + group * channels + c;
-          cos_[to] = rows.cos[from];
-          sin_[to] = rows.sin[from];
-        }
+  void arrange_angles_of(int32_t first) {
+    const couplet_rotary& rotary = *params_.rotary;
+    int32_t const tokens = rotary.linear ? unit : attend_smaller(unit, rotary.positions - first);
+    find_key_functions(params_.key_codec.group_channels, 1)
+        .arrange(rotation_, key_angles(rotary, first), tokens, cos_, sin_);
   }
 
   void turn_queries_towards(int32_t first) {
@@ -213,7 +205,7 @@ class LookupBody {
       unpack_unit(units_[i].page + params_.key_page_offset + task_->kv_head * params_.key_page_stride, row_bytes,
                   key_groups_, table.codec.code_bits, units_[i].slot, shift, key_places_);
       if (params_.rotary && params_.rotary->linear) turn_queries_towards(first + i * unit);
-      if (params_.rotary && !params_.rotary->linear) arrange_angles(first + i * unit);
+      if (params_.rotary && !params_.rotary->linear) arrange_angles_of(first + i * unit);
       fetch(units_[i], first + i * unit + params_.page_tokens, keys.fetch);
       key_functions_.score(keys);
     }

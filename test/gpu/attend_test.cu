@@ -177,13 +177,9 @@ void check_case(const CaseShape& shape, uint64_t seed, const char* body, double 
   auto const oracle = host.run_reference();
   DeviceCase device(host);
   std::string const name = device.name();
-  bool has_room = true;
-#ifndef GPU_SIM
   int shared = 0;
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-  has_room = shared >= 227 << 10;
-#endif
-  if (has_room && shape.sequences.size())
+  if (shared >= 227 << 10 && shape.sequences.size())
     CHECK(name.find(body) != std::string::npos, "%s is not %s", name.c_str(), body);
   auto const first = device.run();
   compare(host, shape, name, oracle, first, factor);

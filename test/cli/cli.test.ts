@@ -9,6 +9,7 @@ const model = path.join(root, 'models', 'tiny-llama-bytes')
 
 function couplet(...args: string[]): { code: number | null; out: string; err: string } {
   const done = spawnSync(process.execPath, ['--import', 'tsx', path.join(root, 'lib', 'cli', 'couplet.ts'), ...args], { encoding: 'utf8', cwd: root })
+  assert.equal(done.signal, null, `couplet ${args[0]} was ended by ${done.signal}: ${done.stderr}`)
   return { code: done.status, out: done.stdout, err: done.stderr }
 }
 

@@ -7,15 +7,6 @@
 
 namespace couplet::cuda {
 
-couplet_status status_of(cudaError_t error, couplet_report* report, const char* what) {
-  if (error == cudaSuccess) return COUPLET_OK;
-  couplet_status const status = error == cudaErrorMemoryAllocation ? COUPLET_OUT_OF_MEMORY : COUPLET_DEVICE_ERROR;
-  // An error of a call, such as this one, is also kept for the next cudaGetLastError: taken, so that nobody meets it again.
-  cudaGetLastError();
-  return fail(report, status, {.native_code = static_cast<int32_t>(error)}, "%s failed with %s: %s", what,
-              cudaGetErrorName(error), cudaGetErrorString(error));
-}
-
 namespace {
 
 void* allocate(size_t bytes) {
@@ -39,6 +30,10 @@ couplet_status copy(void* to, const void* from, size_t bytes, void* stream, coup
   cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, handle);
   if (error == cudaSuccess && !(is_on_device(to) && is_on_device(from))) error = cudaStreamSynchronize(handle);
   return status_of(error, report, "copying memory");
+}
+
+couplet_status synchronize(void* stream, couplet_report* report) {
+  return status_of(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), report, "waiting for the device");
 }
 
 const char* variant() {
@@ -75,7 +70,9 @@ extern "C" __attribute__((visibility("default"))) const couplet_backend* couplet
       .name = "cuda",
 #endif
       .variant = variant,
-      .memory = {.allocate = allocate, .release = cuda::release, .copy = copy},
+      .device = device_entries,
+      .memory =
+          {.is_host = 0, .allocate = allocate, .release = cuda::release, .copy = copy, .synchronize = synchronize},
       .table = table_entries,
       .rotary = rotary_entries,
       .kmeans = kmeans_entries,
@@ -83,6 +80,7 @@ extern "C" __attribute__((visibility("default"))) const couplet_backend* couplet
       .decode = decode_entries,
       .attend = attend_entries,
       .attention_weights = attention_weights_entries,
+      .store = store_entries,
   };
   int devices = 0;
   cudaError_t const error = cudaGetDeviceCount(&devices);

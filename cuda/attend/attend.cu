@@ -59,6 +59,9 @@ couplet_status check(const couplet_attend_params* given, couplet_report* report)
          "Expected 0 to 65536 for the number of sequences but received %d", params.sequence_count);
   EXPECT(params.most_query_tokens >= 0, "Expected 0 or more for the most query tokens but received %d",
          params.most_query_tokens);
+  for (int32_t const dtype : {params.query_dtype, params.output_dtype})
+    EXPECT(dtype == COUPLET_FLOAT32 || dtype == COUPLET_FLOAT16 || dtype == COUPLET_BFLOAT16,
+           "Expected float32, float16 or bfloat16 for `queryDtype` and `outputDtype` but received %d", dtype);
   EXPECT(params.sequences || params.sequence_count == 0, "Expected an array for `sequences` but received NULL");
   if (params.rotary)
     EXPECT(rotary_of(params.rotary)->head_dim == params.head_dim,

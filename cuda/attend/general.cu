@@ -108,9 +108,12 @@ __device__ __forceinline__ void start(const Step& step, const Shared& shared, co
     int const channel = index % head_dim;
     int64_t const at = rows.first_row + row;
     int64_t const head = rows.kv_head * step.group_heads + at % step.group_heads;
-    const float* const query = rows.sequence->queries + at / step.group_heads * rows.sequence->query_token_stride +
-                               head * rows.sequence->query_head_stride;
-    shared.queries[index] = row < rows.count ? query[channel] * step.params.scale : 0;
+    int64_t const query =
+        at / step.group_heads * rows.sequence->query_token_stride + head * rows.sequence->query_head_stride;
+    shared.queries[index] =
+        row < rows.count
+            ? load_element(rows.sequence->queries, step.params.query_dtype, query + channel) * step.params.scale
+            : 0;
   }
   if (threadIdx.x < general_rows) {
     int const row = threadIdx.x;
@@ -296,8 +299,9 @@ __global__ void __launch_bounds__(threads, 2) general_prefill(Step const step) {
     each_element(rows, step.params.head_dim, weighted, [&](int row, int channel, float value) {
       int64_t const at = first_row + row;
       int const head = rows.kv_head * step.group_heads + static_cast<int>(at % step.group_heads);
-      sequence.outputs[at / step.group_heads * sequence.output_token_stride + head * sequence.output_head_stride +
-                       channel] = value * output_factor(step.params, head, fixed.maxima[row], fixed.sums[row]);
+      store_element(sequence.outputs, step.params.output_dtype,
+                    at / step.group_heads * sequence.output_token_stride + head * sequence.output_head_stride + channel,
+                    value * output_factor(step.params, head, fixed.maxima[row], fixed.sums[row]));
     });
   }
 }

@@ -149,8 +149,10 @@ __device__ __forceinline__ void load_query(const Step& step, Shared& shared) {
   float2 back{1, 0};
   if (row < segment.rows) {
     const couplet_attend_sequence& sequence = step.params.sequences[segment.sequence];
-    const float* const channels = sequence.queries + (segment.first_head + row) * sequence.query_head_stride;
-    value = {channels[pair] * step.params.scale * log2_e, channels[pair + pairs] * step.params.scale * log2_e};
+    int64_t const query = (segment.first_head + row) * sequence.query_head_stride + pair;
+    float const factor = step.params.scale * log2_e;
+    value = {load_element(sequence.queries, step.params.query_dtype, query) * factor,
+             load_element(sequence.queries, step.params.query_dtype, query + pairs) * factor};
   }
   shared.plain_queries[row][pair] = value.x;
   shared.plain_queries[row][pair + pairs] = value.y;

@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(merge_threads) merge(Step const step) {
       sum += part.y * factor;
       weighted += step.weighted[(slot * step.block_rows + row) * head_dim + channel] * factor;
     }
-    sequence.outputs[head * sequence.output_head_stride + channel] =
-        weighted * output_factor(step.params, head, maximum, sum);
+    store_element(sequence.outputs, step.params.output_dtype, head * sequence.output_head_stride + channel,
+                  weighted * output_factor(step.params, head, maximum, sum));
   }
 }
 

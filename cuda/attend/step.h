@@ -10,6 +10,7 @@
 #pragma once
 
 #include "../../native/abi/operations.h"
+#include "../device/elements.h"
 #include "../gpu.h"
 #include "../rotary.h"
 

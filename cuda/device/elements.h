@@ -24,6 +24,15 @@ __device__ __forceinline__ void store_element(float* to, float value) { *to = va
 __device__ __forceinline__ void store_element(__half* to, float value) { *to = __float2half_rn(value); }
 __device__ __forceinline__ void store_element(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
 
+__device__ __forceinline__ void store_element(void* rows, int32_t dtype, int64_t at, float value) {
+  if (dtype == COUPLET_FLOAT32)
+    store_element(static_cast<float*>(rows) + at, value);
+  else if (dtype == COUPLET_FLOAT16)
+    store_element(static_cast<__half*>(rows) + at, value);
+  else
+    store_element(static_cast<__nv_bfloat16*>(rows) + at, value);
+}
+
 // 16 bytes of elements.
 __device__ __forceinline__ uint4 pack_elements(const float (&values)[4], const float*) {
   return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),

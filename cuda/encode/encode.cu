@@ -9,6 +9,7 @@
 #include <cstdio>
 
 #include "../backend.h"
+#include "../device/not_finite.h"
 #include "../device/pages.h"
 #include "nearest.h"
 
@@ -22,18 +23,10 @@ constexpr int block_octets = block_threads * lane_tokens / 8;
 constexpr int stage_floats = 4096;         // of centroids in shared memory at a time: 512 of 8 channels
 constexpr int32_t least_tile_tokens = 96;  // fewer leave most lanes of `tokens` without work
 
-// The workspace. Zero before the launch.
-struct State {
-  couplet_report report;
-  unsigned long long not_finite;  // 2^64 - 1 - the index of the first value that is not finite, or 0
-  uint32_t blocks_done;
-};
-static_assert(offsetof(State, report) == 0);
-
 struct Call {
   const void* rows;
   const float* table;  // float32 [kv_heads][groups][centroids][group_channels]
-  State* state;
+  NotFinite* not_finite;
   Octets octets;
   int64_t token_stride;  // elements
   int64_t head_stride;   // elements
@@ -53,29 +46,6 @@ __device__ __forceinline__ const float* table_rows(const Call& call, int32_t kv_
 __device__ __forceinline__ Point point_of(const Call& call, int32_t token, int32_t kv_head, int32_t group) {
   return {call.rows, token * call.token_stride + kv_head * call.head_stride + int64_t{group} * call.group_channels,
           call.dtype};
-}
-
-__device__ __forceinline__ void note_not_finite(const Call& call, int32_t token, int32_t kv_head, int32_t channel) {
-  unsigned long long const index =
-      (static_cast<unsigned long long>(token) * static_cast<unsigned>(call.kv_heads) + static_cast<unsigned>(kv_head)) *
-          256 +
-      static_cast<unsigned>(channel);
-  atomicMax(&call.state->not_finite, ~index);
-}
-
-// By all threads of the block when all their notes are taken. The last block of the launch turns the first note into the report.
-__device__ __forceinline__ void finish(const Call& call) {
-  __syncthreads();
-  if (threadIdx.x != 0 || gpu::fetch_add_acq_rel(&call.state->blocks_done, 1) != gridDim.x - 1) return;
-  unsigned long long const index = ~atomicMax(&call.state->not_finite, 0ull);
-  couplet_report& report = call.state->report;
-  report.layer = -1;
-  report.native_code = -1;
-  bool const found = index != ~0ull;
-  report.status = found ? COUPLET_NOT_FINITE : COUPLET_OK;
-  report.token = found ? static_cast<int64_t>(index / 256 / static_cast<unsigned>(call.kv_heads)) : -1;
-  report.kv_head = found ? static_cast<int32_t>(index / 256 % static_cast<unsigned>(call.kv_heads)) : -1;
-  report.channel = found ? static_cast<int32_t>(index % 256) : -1;
 }
 
 // Floats from global to shared memory by all threads of the block, 16 bytes at a time; both sides are aligned and `count` is a
@@ -116,7 +86,8 @@ __global__ void __launch_bounds__(block_threads) encode_tokens(Call call) {
 #pragma unroll
     for (int c = 0; c < Channels; ++c) {
       values[t][c] = inside ? point[c] : 0.0f;
-      if (!is_finite(values[t][c])) note_not_finite(call, token, kv_head, group * Channels + c);
+      if (!is_finite(values[t][c]))
+        note_not_finite(call.not_finite, token, kv_head, group * Channels + c, call.kv_heads);
     }
   }
 
@@ -185,7 +156,7 @@ __global__ void __launch_bounds__(block_threads) encode_tokens(Call call) {
   if (threadIdx.x % 2 == 0 && octet < call.octets.count)
     store_octet(call.octets.address(octet, kv_head, group, call.code_bits), call.code_bits, {{quad, other}},
                 max(0, -octet_token), min(8, call.octets.tokens - octet_token));
-  finish(call);
+  report_not_finite(call.not_finite, call.kv_heads);
 }
 
 __global__ void __launch_bounds__(block_threads) encode_centroids(Call call) {
@@ -210,7 +181,8 @@ __global__ void __launch_bounds__(block_threads) encode_centroids(Call call) {
       __syncwarp();  // all lanes have read the token before
       for (int32_t c = lane; c < channels; c += warp_lanes) {
         values[c] = point[c];
-        if (!is_finite(values[c])) note_not_finite(call, octet_token + slot, kv_head, group * channels + c);
+        if (!is_finite(values[c]))
+          note_not_finite(call.not_finite, octet_token + slot, kv_head, group * channels + c, call.kv_heads);
       }
       __syncwarp();
       float best = __uint_as_float(0x7f800000u);
@@ -240,7 +212,7 @@ __global__ void __launch_bounds__(block_threads) encode_centroids(Call call) {
     if (lane == 0)
       store_octet(call.octets.address(octet, kv_head, group, call.code_bits), call.code_bits, codes, first, end);
   }
-  finish(call);
+  report_not_finite(call.not_finite, call.kv_heads);
 }
 
 // ---- launcher ----------------------------------------------------------------------------------------------------------------
@@ -288,15 +260,16 @@ couplet_status check(const couplet_encode_params* params, couplet_report* report
               couplet_codec_groups(p.codec, p.head_dim));
 }
 
-size_t workspace_bytes(const couplet_encode_params*) { return (sizeof(State) + 63) / 64 * 64; }
+size_t workspace_bytes(const couplet_encode_params*) { return not_finite_bytes; }
 
 couplet_status run(const couplet_encode_params* params, void* workspace, void* stream, couplet_report* report) {
   if (couplet_status const status = check(params, report)) return status;
   couplet_encode_params const& p = *params;
   if (!workspace) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected workspace but received NULL");
   auto const handle = static_cast<cudaStream_t>(stream);
-  State* const state = static_cast<State*>(workspace);
-  if (couplet_status const status = status_of(cudaMemsetAsync(state, 0, sizeof(State), handle), report, "encode"))
+  auto* const not_finite = static_cast<NotFinite*>(workspace);
+  if (couplet_status const status =
+          status_of(cudaMemsetAsync(not_finite, 0, sizeof(NotFinite), handle), report, "encode"))
     return status;
   if (p.tokens == 0) return COUPLET_OK;
 
@@ -306,7 +279,7 @@ couplet_status run(const couplet_encode_params* params, void* workspace, void* s
   Call const call = {
       .rows = p.rows,
       .table = table_of(p.table)->rows,
-      .state = state,
+      .not_finite = not_finite,
       .octets = octets,
       .token_stride = p.token_stride,
       .head_stride = p.head_stride,

@@ -11,8 +11,6 @@ __device__ __forceinline__ bool is_trusted(float distance) {
   return distance >= 0x1p-90f && distance < __uint_as_float(0x7f800000u);
 }
 
-__device__ __forceinline__ bool is_finite(float value) { return (__float_as_uint(value) & 0x7fffffffu) < 0x7f800000u; }
-
 // Channels of one group of one token in memory.
 struct Point {
   const void* rows;

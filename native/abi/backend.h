@@ -27,6 +27,7 @@ COUPLET_OPERATION(encode);
 COUPLET_OPERATION(decode);
 COUPLET_OPERATION(attend);
 COUPLET_OPERATION(attention_weights);
+COUPLET_OPERATION(store);
 
 typedef struct couplet_table_entries {
   couplet_status (*create)(const couplet_table_params* params, couplet_table** table, couplet_report* report);
@@ -40,11 +41,35 @@ typedef struct couplet_rotary_entries {
   size_t (*bytes)(const couplet_rotary* rotary);
 } couplet_rotary_entries;
 
+/* The devices of a backend, 0 to count - 1. Every other entry works on the device that the calling thread selected last (0 at
+ * first); tables, angles and memory stay on the device they were made on, and may be destroyed from any. After an error that the
+ * device does not recover from, select refuses it with COUPLET_DEVICE_ERROR for the rest of the process. */
+typedef struct couplet_device_info {
+  int64_t memory_bytes;    /* 0 where it is not known */
+  int64_t free_bytes;      /* now */
+  int32_t driver_version;  /* 1000 * major + 10 * minor of the CUDA that the driver knows; 0: no driver is needed */
+  int32_t runtime_version; /* likewise, of this library */
+  int32_t multiprocessors;
+  int32_t reserved;
+  char name[96];
+  char architecture[32]; /* "sm_90", "avx512" */
+} couplet_device_info;
+
+typedef struct couplet_device_entries {
+  int32_t (*count)(void);
+  couplet_status (*select)(int32_t index, couplet_report* report);
+  couplet_status (*describe)(int32_t index, couplet_device_info* info, couplet_report* report);
+} couplet_device_entries;
+
 /* Memory in which pages live: host memory for the CPU, device memory for a GPU. */
 typedef struct couplet_memory_entries {
+  int32_t is_host;                 /* whether the host may follow pointers into it */
   void* (*allocate)(size_t bytes); /* 64-byte aligned, not cleared; NULL when there is none */
   void (*release)(void* memory, size_t bytes);
+  /* After all work of `stream` so far. Between two places of the device it is only enqueued; where the host is one side, it is
+     done on return. */
   couplet_status (*copy)(void* to, const void* from, size_t bytes, void* stream, couplet_report* report);
+  couplet_status (*synchronize)(void* stream, couplet_report* report); /* waits for all work of `stream` so far */
 } couplet_memory_entries;
 
 typedef struct couplet_backend {
@@ -53,6 +78,7 @@ typedef struct couplet_backend {
   size_t struct_bytes;          /* sizeof(couplet_backend) */
   const char* name;             /* "cpu", "cuda", "sim" */
   const char* (*variant)(void); /* what was chosen on this machine: "avx512", "sm_90" */
+  couplet_device_entries device;
   couplet_memory_entries memory;
   couplet_table_entries table;
   couplet_rotary_entries rotary;
@@ -61,6 +87,7 @@ typedef struct couplet_backend {
   couplet_decode_entries decode;
   couplet_attend_entries attend;
   couplet_attention_weights_entries attention_weights;
+  couplet_store_entries store;
 } couplet_backend;
 
 /* Exported by every backend library; NULL with a report when this machine cannot run it. */

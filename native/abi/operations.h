@@ -142,9 +142,9 @@ typedef struct couplet_dense_rows {
    Of those it reads from codes   coded_begin <= j < min(coded_end, t - window + 1)   and all others from the dense
    runs, which are disjoint, ascending and cover every token that some query reads so. */
 typedef struct couplet_attend_sequence {
-  const float* queries; /* float32, before rotary; channel c of query head h of the i-th query:
-                           queries[i * query_token_stride + h * query_head_stride + c] */
-  float* outputs;       /* float32, addressed likewise with the output strides; may not overlap an input */
+  const void* queries; /* query_dtype, before rotary; channel c of query head h of the i-th query:
+                          queries[i * query_token_stride + h * query_head_stride + c] */
+  void* outputs;       /* output_dtype, addressed likewise with the output strides; may not overlap an input */
   const uint8_t* const* pages;
   const couplet_dense_rows* dense;
   int64_t query_token_stride;
@@ -186,7 +186,36 @@ typedef struct couplet_attend_params {
   couplet_codec value_codec;
   int32_t threads;
   int32_t most_query_tokens; /* no sequence has more query_tokens; 0: not said. 1 spares a GPU a launch */
+  int32_t query_dtype;       /* couplet_dtype; COUPLET_FLOAT32 alone on the CPU */
+  int32_t output_dtype;      /* likewise */
 } couplet_attend_params;
+
+/* ---- store ------------------------------------------------------------------------------------------------------- */
+/* Rows into the memory of a cache, as float32: run after run, run r having tokens tokens. A NaN or an infinity is COUPLET_NOT_FINITE
+   with its token, counted over the runs in their order, its kv head and channel: the first in that order. The CPU then has stored
+   nothing. A GPU backend: runs and what they point to are the device's; its run enqueues, stores everything, and leaves a
+   couplet_report in the first bytes of the workspace, as encode does. */
+typedef struct couplet_store_run {
+  const void* rows; /* dtype; channel c of kv head h of the i-th token: rows[i * token_stride + h * head_stride + c] */
+  float* stored;    /* addressed likewise with the stored strides; runs do not overlap */
+  int64_t token_stride;
+  int64_t head_stride;
+  int64_t stored_token_stride;
+  int64_t stored_head_stride;
+  int64_t first_token; /* tokens of the runs before this one */
+  int32_t tokens;
+  int32_t reserved;
+} couplet_store_run;
+
+typedef struct couplet_store_params {
+  const couplet_store_run* runs; /* [run_count] */
+  int32_t run_count;
+  int32_t most_tokens; /* no run has more tokens */
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t dtype; /* COUPLET_FLOAT32, COUPLET_FLOAT16 or COUPLET_BFLOAT16 */
+  int32_t reserved;
+} couplet_store_params;
 
 /* ---- attention_weights ------------------------------------------------------------------------------------------ */
 /* Importance of the tokens of one fresh sequence, for weighted kmeans (design.md section 2). With p the probability of
@@ -217,7 +246,9 @@ COUPLET_STATIC_ASSERT(sizeof(couplet_encode_params) == 96, "encode parameters");
 COUPLET_STATIC_ASSERT(sizeof(couplet_decode_params) == sizeof(couplet_encode_params), "decode parameters");
 COUPLET_STATIC_ASSERT(sizeof(couplet_dense_rows) == 56, "dense rows");
 COUPLET_STATIC_ASSERT(sizeof(couplet_attend_sequence) == 88, "attend sequence");
-COUPLET_STATIC_ASSERT(sizeof(couplet_attend_params) == 128, "attend parameters");
+COUPLET_STATIC_ASSERT(sizeof(couplet_attend_params) == 136, "attend parameters");
+COUPLET_STATIC_ASSERT(sizeof(couplet_store_run) == 64, "store runs");
+COUPLET_STATIC_ASSERT(sizeof(couplet_store_params) == 32, "store parameters");
 
 #ifdef __cplusplus
 }

@@ -218,7 +218,8 @@ class Plan {
         float const own = std::exp2(state.maxima[row] - largest);
         factor = own / (state.sums[row] * own + std::exp2(sink - largest));
       }
-      float* const to = sequence.outputs + (task.first_query + row / group_heads_) * sequence.output_token_stride +
+      float* const to = static_cast<float*>(sequence.outputs) +
+                        (task.first_query + row / group_heads_) * sequence.output_token_stride +
                         head * sequence.output_head_stride;
       const float* const from = state.weighted + int64_t{row} * padded_;
       for (int32_t channel = 0; channel < params_.head_dim; ++channel) to[channel] = from[channel] * factor;

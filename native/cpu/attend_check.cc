@@ -28,6 +28,8 @@ couplet_status check_shapes(const couplet_attend_params& params, couplet_report*
          "Expected a finite number of 0 or more for `softcap` but received %g", static_cast<double>(params.softcap));
   EXPECT(params.sequence_count >= 0, "Expected 0 or more for the number of sequences but received %d",
          params.sequence_count);
+  if (params.query_dtype != COUPLET_FLOAT32 || params.output_dtype != COUPLET_FLOAT32)
+    return fail(report, COUPLET_UNSUPPORTED, {}, "The CPU backend attends with float32 queries and outputs alone");
   EXPECT(params.sequences || params.sequence_count == 0, "Expected an array for `sequences` but received NULL");
   return COUPLET_OK;
 }

@@ -139,7 +139,7 @@ class LookupBody {
     memset(queries_, 0, bytes);
     for (int32_t head = 0; head < attend_smaller(heads_, group_heads_ - first_head); ++head) {
       const float* const from =
-          sequence_->queries + (task_->first_query + token) * sequence_->query_token_stride +
+          static_cast<const float*>(sequence_->queries) + (task_->first_query + token) * sequence_->query_token_stride +
           (int64_t{task_->kv_head} * group_heads_ + first_head + head) * sequence_->query_head_stride;
       for (int32_t channel = 0; channel < params_.head_dim; ++channel) row_[channel] = from[channel] * factor;
       if (params_.rotary) scale_by_amplitude(*params_.rotary, row_);

@@ -107,7 +107,8 @@ class TileBody {
     float const factor = params_.softcap > 0 ? params_.scale / params_.softcap : params_.scale * log2_e;
     for (int32_t row = 0; row < rows_; ++row) {
       int32_t const token = row / group_heads_, head = task_->kv_head * group_heads_ + row % group_heads_;
-      const float* const from = sequence_->queries + (task_->first_query + token) * sequence_->query_token_stride +
+      const float* const from = static_cast<const float*>(sequence_->queries) +
+                                (task_->first_query + token) * sequence_->query_token_stride +
                                 head * sequence_->query_head_stride;
       for (int32_t channel = 0; channel < params_.head_dim; ++channel) row_[channel] = from[channel] * factor;
       if (params_.rotary) {

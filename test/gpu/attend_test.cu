@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../../cuda/backend.h"
+#include "../../cuda/device/elements.h"
 #include "../../native/cpu/table.h"
 #include "../native/attend_case.h"
 #include "device_array.h"
@@ -19,11 +20,38 @@ using Tables = CaseShape::Tables;
 
 void expect(couplet_status status, const couplet_report& report) { CHECK(status == COUPLET_OK, "%s", report.detail); }
 
+std::vector<uint8_t> elements_of(const float* values, size_t count, int32_t dtype) {
+  std::vector<uint8_t> bytes(count * static_cast<size_t>(cuda::element_bytes(dtype)));
+  for (size_t i = 0; i < count; ++i) {
+    if (dtype == COUPLET_FLOAT32) std::memcpy(bytes.data() + 4 * i, values + i, 4);
+    __half const half = __float2half_rn(values[i]);
+    __nv_bfloat16 const bfloat = __float2bfloat16_rn(values[i]);
+    if (dtype == COUPLET_FLOAT16) std::memcpy(bytes.data() + 2 * i, &half, 2);
+    if (dtype == COUPLET_BFLOAT16) std::memcpy(bytes.data() + 2 * i, &bfloat, 2);
+  }
+  return bytes;
+}
+
+std::vector<float> floats_of(const std::vector<uint8_t>& bytes, int32_t dtype) {
+  std::vector<float> values(bytes.size() / static_cast<size_t>(cuda::element_bytes(dtype)));
+  for (size_t i = 0; i < values.size(); ++i) {
+    __half half;
+    __nv_bfloat16 bfloat;
+    if (dtype == COUPLET_FLOAT32) std::memcpy(&values[i], bytes.data() + 4 * i, 4);
+    if (dtype == COUPLET_FLOAT16)
+      values[i] = __half2float(*static_cast<__half*>(std::memcpy(&half, bytes.data() + 2 * i, 2)));
+    if (dtype == COUPLET_BFLOAT16)
+      values[i] = __bfloat162float(*static_cast<__nv_bfloat16*>(std::memcpy(&bfloat, bytes.data() + 2 * i, 2)));
+  }
+  return values;
+}
+
 // A case of the CPU's with all that its parameters point to in device memory.
 class DeviceCase {
  public:
-  explicit DeviceCase(AttendCase& host)
+  explicit DeviceCase(AttendCase& host, int32_t dtype = COUPLET_FLOAT32)
       : host_(host), params_(host.params()), sequences_(static_cast<size_t>(params_.sequence_count)) {
+    params_.query_dtype = params_.output_dtype = dtype;
     key_table_ = make_table(params_.key_table, &params_.key_table);
     value_table_ = make_table(params_.value_table, &params_.value_table);
     couplet_report report{};
@@ -46,7 +74,7 @@ class DeviceCase {
   }
 
   std::vector<std::vector<float>> run(cudaStream_t stream = nullptr) {
-    for (const auto& output : outputs_) output->write(std::vector<float>(output->size(), NAN));
+    spoil_outputs();
     couplet_report report{};
     expect(cuda::attend_entries.check(&params_, &report), report);
     DeviceArray<uint8_t> const workspace(std::vector<uint8_t>(cuda::attend_entries.workspace(&params_), 0xff));
@@ -67,7 +95,7 @@ class DeviceCase {
     expect(cuda::attend_entries.run(&params_, workspace.data(), stream, &report), report);
     CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess, "capture: %s", cudaGetErrorName(cudaGetLastError()));
     CHECK(cudaGraphInstantiate(&replay, graph, 0) == cudaSuccess, "no graph");
-    for (const auto& output : outputs_) output->write(std::vector<float>(output->size(), NAN));
+    spoil_outputs();
     CHECK(cudaGraphLaunch(replay, stream) == cudaSuccess, "no launch");
     CHECK(cudaStreamSynchronize(stream) == cudaSuccess, "replay: %s", cudaGetErrorName(cudaGetLastError()));
     cudaGraphExecDestroy(replay);
@@ -106,8 +134,13 @@ class DeviceCase {
 
   couplet_attend_sequence make_sequence(int32_t index) {
     couplet_attend_sequence sequence = host_.params().sequences[index];
-    sequence.queries = copy(sequence.queries, static_cast<size_t>(sequence.query_tokens * sequence.query_token_stride));
-    outputs_.push_back(std::make_unique<DeviceArray<float>>(host_.outputs(static_cast<size_t>(index)).size()));
+    std::vector<uint8_t> const queries =
+        elements_of(static_cast<const float*>(sequence.queries),
+                    static_cast<size_t>(sequence.query_tokens * sequence.query_token_stride), params_.query_dtype);
+    sequence.queries = copy(queries.data(), queries.size());
+    outputs_.push_back(
+        std::make_unique<DeviceArray<uint8_t>>(host_.outputs(static_cast<size_t>(index)).size() *
+                                               static_cast<size_t>(cuda::element_bytes(params_.output_dtype))));
     sequence.outputs = outputs_.back()->data();
 
     auto const page_bytes =
@@ -129,8 +162,12 @@ class DeviceCase {
 
   std::vector<std::vector<float>> outputs() const {
     std::vector<std::vector<float>> all;
-    for (const auto& output : outputs_) all.push_back(output->read());
+    for (const auto& output : outputs_) all.push_back(floats_of(output->read(), params_.output_dtype));
     return all;
+  }
+
+  void spoil_outputs() {  // a NaN in each type
+    for (const auto& output : outputs_) output->write(std::vector<uint8_t>(output->size(), 0xff));
   }
 
   AttendCase& host_;
@@ -139,7 +176,7 @@ class DeviceCase {
   std::unique_ptr<couplet_rotary, Free> rotary_;
   DeviceArray<couplet_attend_sequence> sequences_;
   std::vector<std::unique_ptr<DeviceArray<uint8_t>>> arrays_;
-  std::vector<std::unique_ptr<DeviceArray<float>>> outputs_;
+  std::vector<std::unique_ptr<DeviceArray<uint8_t>>> outputs_;
 };
 
 double worst[2] = {};  // error over allowance of the general body and of lookup
@@ -187,6 +224,26 @@ void check_case(const CaseShape& shape, uint64_t seed, const char* body, double 
   for (size_t s = 0; s < first.size(); ++s)
     CHECK(first[s].empty() || std::memcmp(first[s].data(), again[s].data(), first[s].size() * sizeof(float)) == 0,
           "%s: two runs differ", name.c_str());
+}
+
+// float16 and bfloat16 queries, rounded before the oracle sees them, and outputs, which are rounded once.
+void check_dtypes(const CaseShape& shape, const char* body) {
+  for (int32_t const dtype : {COUPLET_FLOAT16, COUPLET_BFLOAT16}) {
+    AttendCase host(shape, 11);
+    for (int32_t s = 0; s < host.params().sequence_count; ++s) {
+      const couplet_attend_sequence& sequence = host.params().sequences[s];
+      auto* const queries = static_cast<float*>(const_cast<void*>(sequence.queries));
+      size_t const count = static_cast<size_t>(sequence.query_tokens * sequence.query_token_stride);
+      std::vector<float> const rounded = floats_of(elements_of(queries, count, dtype), dtype);
+      std::copy(rounded.begin(), rounded.end(), queries);
+    }
+    auto const oracle = host.run_reference();
+    DeviceCase device(host, dtype);
+    CHECK(device.name().find(body) != std::string::npos, "%s is not %s", device.name().c_str(), body);
+    double const rounding = dtype == COUPLET_FLOAT16 ? 0x1p-11 : 0x1p-8;
+    bool const lookup = std::strcmp(body, "lookup") == 0;
+    compare(host, shape, device.name(), oracle, device.run(), 1 + rounding / (lookup ? 4e-3 : 2e-5));
+  }
 }
 
 CaseShape llama(int32_t kv_heads, int32_t group_heads, std::vector<SequenceShape> sequences) {
@@ -334,6 +391,10 @@ int main(int count, char** arguments) {
   part("general", general_shapes);
   part("random", random_shapes);
   part("lookup", lookup_shapes);
+  part("dtypes", [] {
+    check_dtypes(llama(2, 4, {{.before = 700, .sinks = 4, .window = 32}}), "lookup");
+    check_dtypes({.head_dim = 40, .sequences = {{.before = 70, .queries = 3, .sinks = 4, .window = 3}}}, "general");
+  });
   part("graphs", graphs);
   part("refusals", refusals);
   std::printf("largest error over what is allowed: general %.3f, lookup %.3f\n", worst[0], worst[1]);

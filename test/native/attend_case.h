@@ -77,6 +77,8 @@ class AttendCase {
         .value_codec = shape.value_codec,
         .threads = shape.threads,
         .most_query_tokens = 0,
+        .query_dtype = COUPLET_FLOAT32,
+        .output_dtype = COUPLET_FLOAT32,
     };
   }
   AttendCase(const AttendCase&) = delete;

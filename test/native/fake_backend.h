@@ -156,10 +156,10 @@ inline couplet_status fake_attend(const couplet_attend_params* p, void*, void*, 
       int64_t const query = sequence.first_query + i;
       for (int32_t query_head = 0; query_head < p->query_heads; ++query_head) {
         int32_t const head = query_head / (p->query_heads / p->kv_heads);
-        const float* const q =
-            sequence.queries + i * sequence.query_token_stride + query_head * sequence.query_head_stride;
-        float* const out =
-            sequence.outputs + i * sequence.output_token_stride + query_head * sequence.output_head_stride;
+        const float* const q = static_cast<const float*>(sequence.queries) + i * sequence.query_token_stride +
+                               query_head * sequence.query_head_stride;
+        float* const out = static_cast<float*>(sequence.outputs) + i * sequence.output_token_stride +
+                           query_head * sequence.output_head_stride;
         int64_t const first = p->local_window ? std::max<int64_t>(0, query - p->local_window + 1) : 0;
         logits.clear();
         double largest = -std::numeric_limits<double>::infinity(), total = 0;
@@ -196,7 +196,11 @@ inline const couplet_backend* fake_backend() {
     backend.layout_version = COUPLET_LAYOUT_VERSION;
     backend.struct_bytes = sizeof(couplet_backend);
     backend.name = "fake";
-    backend.memory = {.allocate = fake_allocate, .release = fake_release, .copy = fake_copy};
+    backend.memory = {.is_host = 1,
+                      .allocate = fake_allocate,
+                      .release = fake_release,
+                      .copy = fake_copy,
+                      .synchronize = [](void*, couplet_report*) { return COUPLET_OK; }};
     backend.table = {
         .create = fake_create_table,
         .destroy = [](couplet_table* table) { delete reinterpret_cast<FakeTable*>(table); },

@@ -123,12 +123,12 @@ void reference_attend(const couplet_attend_params& params, const couplet_rotary_
       for (int64_t i = 0; i < sequence.query_tokens; ++i)
         for (int64_t head = kv_head * group_heads; head < (kv_head + 1) * group_heads; ++head) {
           const float* const query =
-              sequence.queries + i * sequence.query_token_stride + head * sequence.query_head_stride;
+              static_cast<const float*>(sequence.queries) + i * sequence.query_token_stride + head * sequence.query_head_stride;
           int64_t const position = sequence.first_query + i;
           double const sink = params.head_sinks ? static_cast<double>(params.head_sinks[head])
                                                 : -std::numeric_limits<double>::infinity();
           attend_row(params, sequence, tokens, rotate(rotary, position, Row(query, query + params.head_dim)), position,
-                     sink, sequence.outputs + i * sequence.output_token_stride + head * sequence.output_head_stride);
+                     sink, static_cast<float*>(sequence.outputs) + i * sequence.output_token_stride + head * sequence.output_head_stride);
         }
     }
   }

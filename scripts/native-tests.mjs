@@ -2,8 +2,9 @@
 //
 //   node scripts/native-tests.mjs [--config Release] [--out DIR] [--under "qemu-aarch64 -L ..."] [--only NAME] [-- -DNAME=VALUE ...]
 //
-// Each of test/native and test/sim is one test. Each of test/gpu is one in every schedule of the simulator (COUPLET_SIM_SEEDS
-// shuffled ones, by default 3), and one more on a GPU, where the build has nvcc (COUPLET_GPU=CUDA) and the machine has the other.
+// Each of test/native and test/sim is one test. Each of test/gpu is one in every schedule of the simulator, the shuffled one
+// with COUPLET_SIM_SEEDS seeds (3; under a sanitizer or an emulator with 1, and in no other schedule), and one more on a GPU,
+// where the build has nvcc (COUPLET_GPU=CUDA) and the machine a driver.
 // The last line is `N passed, N failed`.
 import { spawnSync } from 'node:child_process'
 import { existsSync, readdirSync } from 'node:fs'
@@ -23,7 +24,8 @@ export function nativeTests({ config = 'Release', out, under = '', only, definit
   const env = { ...process.env, COUPLET_TEST_LAUNCHER: under }
   let passed = 0
   let failed = 0
-  for (const { program, schedule } of programs(folder)) {
+  const sanitized = definitions.some((definition) => /^-DSANITIZE=./.test(definition))
+  for (const { program, schedule } of programs(folder, sanitized || under !== '')) {
     if (only && !program.startsWith(only)) continue
     const title = schedule ? `${program}, ${schedule}` : program
     console.log(`\n> ${title}`)
@@ -41,12 +43,13 @@ export function nativeTests({ config = 'Release', out, under = '', only, definit
   return { passed, failed }
 }
 
-function programs(folder) {
+/** What there is to run; `slow`: everything takes ten times as long and longer. */
+function programs(folder, slow) {
   const names = (place) => readdirSync(join(root, 'test', place)).filter((name) => /_test\.(cc|cu)$/.test(name)).sort().map((name) => parse(name).name)
   const list = names('native').map((program) => ({ program }))
   if (existsSync(join(folder, 'libcouplet_sim.so'))) {
-    const seeds = Number(process.env.COUPLET_SIM_SEEDS ?? 3)
-    const schedules = ['forward', 'reversed', ...Array.from({ length: seeds }, (_, index) => `shuffled:${index + 1}`)]
+    const seeds = Number(process.env.COUPLET_SIM_SEEDS ?? (slow ? 1 : 3))
+    const schedules = [...(slow ? [] : ['forward', 'reversed']), ...Array.from({ length: seeds }, (_, index) => `shuffled:${index + 1}`)]
     list.push(...names('sim').map((program) => ({ program })))
     list.push(...names('gpu').flatMap((name) => schedules.map((schedule) => ({ program: `${name}_sim`, schedule }))))
   } else {

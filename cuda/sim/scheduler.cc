@@ -43,9 +43,19 @@ struct GpuThread : Place {
   std::vector<AsyncCopy> copies;  // issued and not landed, oldest first
 };
 
+// Lanes that wait in one and the same collective.
+struct Meeting {
+  Operation operation = nullptr;
+  uint32_t mask = 0;
+  uint32_t lanes = 0;
+  Location where;
+};
+
 struct Warp {
   uint32_t waiting = 0;  // lanes in a collective
   uint32_t absent = 0;   // lanes that have exited, or lie beyond the block
+  unsigned fewest_barriers_of_exited = ~0u;
+  Meeting meeting;  // the one joined last: as a rule, the only one
   unsigned generation = 0;
   char order_tags[2] = {};  // of __syncwarp, alternating: a fast lane may be one generation ahead, never two
   std::vector<uint8_t> lanes;
@@ -74,7 +84,8 @@ struct Run {  // of one launch
   Random random{1};
   bool failed = false;
   bool leave_warp = false;  // the running thread asks for another warp's turn
-  bool progress = false;    // some thread did more than spin since this was cleared
+  bool entered = false;     // some thread ran since this was cleared
+  bool progress = false;    // ... and did more than spin
   unsigned idle_rounds = 0;
   char launch_tag = 0;
   char exit_tag = 0;
@@ -103,6 +114,11 @@ bool shuffled() { return options().schedule == Schedule::shuffled; }
   std::vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
   return text;
+}
+
+bool same_place(Location left, Location right) {
+  bool const same_file = left.file_name() == right.file_name() || std::strcmp(left.file_name(), right.file_name()) == 0;
+  return left.line() == right.line() && left.column() == right.column() && same_file;
 }
 
 // No string: a fiber that fails is dropped with all that it owns.
@@ -138,7 +154,9 @@ void finish_thread(GpuThread& thread) {
     return fail(thread.where, "the thread exited with asynchronous copies that it never waited for");
   release(&run_state.exit_tag);
   thread.state = State::finished;
-  block.warps[thread.linear / warp_lanes].absent |= 1u << thread.linear % warp_lanes;
+  Warp& warp = block.warps[thread.linear / warp_lanes];
+  warp.absent |= 1u << thread.linear % warp_lanes;
+  warp.fewest_barriers_of_exited = std::min(warp.fewest_barriers_of_exited, thread.barriers_met);
   --block.alive;
   Barrier& whole = block.barriers[0];
   if (block.alive && whole.arrived == block.alive && whole.expected == 0) open_barrier(block, 0);
@@ -225,6 +243,7 @@ void run_warp(Block& block, unsigned index) {
       if (thread.state != State::ready) continue;
       bool const before = run_state.progress;
       run_state.progress = true;
+      run_state.entered = true;
       enter(thread);  // clears progress when it only spun
       again |= run_state.progress;
       run_state.progress |= before;
@@ -264,10 +283,7 @@ void run_blocks() {
     for (; started < total && live.size() < resident; ++started)
       live.push_back(start_block(descending ? total - 1 - started : started));
     run_state.progress = false;
-    bool const any_ready = std::any_of(live.begin(), live.end(), [](const auto& block) {
-      return std::any_of(block->threads.begin(), block->threads.end(),
-                         [](const GpuThread* thread) { return thread->state == State::ready; });
-    });
+    run_state.entered = false;
     if (shuffled()) run_state.random.shuffle(live);
     for (const auto& block : live) {
       if (shuffled()) run_state.random.shuffle(block->warp_order);
@@ -275,8 +291,8 @@ void run_blocks() {
         if (!run_state.failed) run_warp(*block, warp);
     }
     run_state.idle_rounds = run_state.progress ? 0 : run_state.idle_rounds + 1;
-    if (!run_state.failed && (!any_ready || run_state.idle_rounds > most_idle_rounds)) {
-      std::string text = any_ready ? "livelock: threads spin and nothing changes" : "deadlock";
+    if (!run_state.failed && (!run_state.entered || run_state.idle_rounds > most_idle_rounds)) {
+      std::string text = run_state.entered ? "livelock: threads spin and nothing changes" : "deadlock";
       for (const auto& block : live) describe_stuck(*block, text);
       keep_failure(text);
     }
@@ -385,17 +401,12 @@ bool come(Barrier& barrier, int id, unsigned threads, Location where) {
   if (threads % warp_lanes != 0) fail(where, "barrier %d of %u threads: not a multiple of 32", id, threads);
   if (threads > block.threads.size())
     fail(where, "barrier %d of %u threads in a block of %zu", id, threads, block.threads.size());
-  ++thread.barriers_met;
-  size_t const warp_begin = thread.linear / warp_lanes * warp_lanes;
-  size_t const warp_end = std::min(warp_begin + warp_lanes, block.threads.size());
-  for (size_t other = warp_begin; other < warp_end; ++other)
-    if (block.threads[other]->state == State::finished && block.threads[other]->barriers_met < thread.barriers_met)
-      fail(where, "a barrier that lane %zu of this warp will never come to: it has exited", other - warp_begin);
+  if (block.warps[thread.linear / warp_lanes].fewest_barriers_of_exited < ++thread.barriers_met)
+    fail(where, "a barrier that other lanes of this warp will never come to: they have exited");
   if (barrier.arrived && barrier.expected != threads)
     fail(where, "barrier %d of %u threads, while others wait at it as one of %u, %s", id, threads, barrier.expected,
          Position(barrier.where).text);
-  if (threads == 0 && barrier.arrived &&
-      (barrier.where.line() != where.line() || std::strcmp(barrier.where.file_name(), where.file_name()) != 0))
+  if (threads == 0 && barrier.arrived && !same_place(barrier.where, where))
     fail(where, "threads of one block meet at different barriers; others wait at %s", Position(barrier.where).text);
   barrier.expected = threads;
   barrier.where = where;
@@ -447,16 +458,19 @@ void collective(Operation operation, uint32_t mask, void* operand, Location wher
   thread.where = where;
   char* const tag = &warp.order_tags[warp.generation % 2];
   if (orders_memory) release(tag);
-  for (uint32_t others = warp.waiting & mask; others; others &= others - 1) {
+  // __syncwarp may be reached by several ways; every other collective is one instruction.
+  auto const fits = [&](Operation other, uint32_t other_mask, Location place) {
+    return other == operation && other_mask == mask && (orders_memory || same_place(place, where));
+  };
+  Meeting& meeting = warp.meeting;
+  bool const joins = (warp.waiting & mask) == meeting.lanes && fits(meeting.operation, meeting.mask, meeting.where);
+  for (uint32_t others = joins ? 0 : warp.waiting & mask; others; others &= others - 1) {
     const GpuThread& other = *lanes[__builtin_ctz(others)];
-    // __syncwarp may be reached by several ways; the others are one instruction.
-    bool const same_place =
-        orders_memory || (other.where.line() == where.line() && other.where.column() == where.column() &&
-                          std::strcmp(other.where.file_name(), where.file_name()) == 0);
-    if (other.operation != operation || other.mask != mask || !same_place)
+    if (!fits(other.operation, other.mask, other.where))
       fail(where, "lane %u (mask %08x) meets lane %u in another collective (mask %08x), %s", lane, mask,
            other.linear % warp_lanes, other.mask, Position(other.where).text);
   }
+  meeting = {operation, mask, (warp.waiting & mask) | bit, where};
   warp.waiting |= bit;
   if ((warp.waiting & mask) == mask) {
     void* operands[warp_lanes] = {};

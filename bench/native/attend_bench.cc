@@ -1,7 +1,9 @@
 // attend on packed codes: CPU ns per coded token and kv head of one decoding step (or GFLOP/s of a prefill).
 //
 //   attend_bench [--isa avx512] [--codec 8c8b,4c8b] [--heads 1,4,8] [--context 32768] [--kv-heads 8] [--head-dim 128]
-//                [--queries 1] [--threads 1] [--runs 11] [--json]
+//                [--queries 1] [--threads 1] [--runs 11] [--dense] [--json]
+//
+// --dense keeps every key in full precision instead: attention on float32 rows by the tile body, for comparison.
 //
 // Every body is first checked against the double oracle on the same shape with 2048 tokens. Then: two warm-up runs, the
 // median of --runs, by the CPU time of the process (wall time when --threads is above 1). Codes, tables and queries are random
@@ -30,7 +32,7 @@ struct Flags {
   std::vector<couplet_codec> codecs{{8, 8}};
   std::vector<int32_t> heads{1, 4, 8};
   int32_t context = 32768, kv_heads = 8, head_dim = 128, queries = 1, threads = 1, runs = 11;
-  bool json = false;
+  bool json = false, dense = false;
 };
 
 std::vector<std::string> split(const char* list) {
@@ -46,8 +48,8 @@ std::vector<std::string> split(const char* list) {
 bool parse(int count, char** words, Flags* flags) {
   for (int i = 1; i < count; ++i) {
     std::string const name = words[i];
-    if (name == "--json") {
-      flags->json = true;
+    if (name == "--json" || name == "--dense") {
+      (name == "--json" ? flags->json : flags->dense) = true;
       continue;
     }
     if (++i == count) return false;
@@ -84,16 +86,18 @@ bool parse(int count, char** words, Flags* flags) {
 }
 
 CaseShape shape_of(const Flags& flags, couplet_codec codec, int32_t heads, int32_t context, int32_t kv_heads) {
-  return {
-      .kv_heads = kv_heads,
-      .group_heads = heads,
-      .head_dim = flags.head_dim,
-      .key_codec = codec,
-      .value_codec = codec,
-      .rotary_kind = COUPLET_ROTARY_HALF,
-      .rotary_dim = flags.head_dim,
-      .threads = flags.threads,
-      .sequences = {{.before = std::max(0, context - flags.queries), .queries = flags.queries, .coded_prefill = true}}};
+  return {.kv_heads = kv_heads,
+          .group_heads = heads,
+          .head_dim = flags.head_dim,
+          .key_codec = codec,
+          .value_codec = codec,
+          .rotary_kind = COUPLET_ROTARY_HALF,
+          .rotary_dim = flags.head_dim,
+          .threads = flags.threads,
+          .sequences = {{.before = std::max(0, context - flags.queries),
+                         .queries = flags.queries,
+                         .coded_prefill = true,
+                         .uncoded = flags.dense}}};
 }
 
 double largest_error(const Flags& flags, couplet_codec codec, int32_t heads) {
@@ -136,9 +140,9 @@ int main(int count, char** words) {
   }
   if (!flags.json)
     std::printf(
-        "attend, %s, %d tokens, %d kv heads, headDim %d, %d queries, %d threads; %s ns per coded token and kv head\n",
+        "attend, %s, %d tokens, %d kv heads, headDim %d, %d queries, %d threads; %s ns per %s token and kv head\n",
         cpu::isa_name(flags.isa), flags.context, flags.kv_heads, flags.head_dim, flags.queries, flags.threads,
-        flags.threads > 1 ? "wall" : "CPU");
+        flags.threads > 1 ? "wall" : "CPU", flags.dense ? "float32" : "coded");
   for (couplet_codec codec : flags.codecs)
     for (int32_t heads : flags.heads) {
       double const error = largest_error(flags, codec, heads);

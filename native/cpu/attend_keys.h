@@ -54,7 +54,7 @@ static void turn_queries(const GroupRotation& rotation, int32_t heads, const flo
     Floats const s = repeated<channels>(row + rotary_max_stride + group * channels);
     for (int64_t i = group * block; i < (group + 1) * block; i += width) {
       Floats const x = load(queries + i);
-      store(out + i, fused(neighbours(x, AllLanes{}), s, x * c));
+      store(out + i, fused(swapped<1>(x, AllLanes{}), s, x * c));
     }
   }
 }
@@ -149,7 +149,7 @@ class KeyKernel {
         for (int i = 0; i < together; ++i) {
           int const v = first + i;
           Floats const x = rows.read(centroids, v);
-          turned[i] = fused(neighbours(x, AllLanes{}), load(sin + v * width), x * load(cos + v * width));
+          turned[i] = fused(swapped<1>(x, AllLanes{}), load(sin + v * width), x * load(cos + v * width));
         }
         add(sums, first, turned, queries);
       }

@@ -81,6 +81,12 @@ static inline float largest_of(Floats value) {
   return largest;
 }
 
+// Lane i of the result is v[i ^ distance].
+template <int distance, int... lane>
+static inline Floats swapped(Floats v, Lanes<lane...>) {
+  return __builtin_shufflevector(v, v, (lane ^ distance)...);
+}
+
 static inline bool any(Ints lanes) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512i>(lanes)) != 0;

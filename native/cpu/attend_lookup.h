@@ -121,9 +121,7 @@ class LookupBody {
     for (int32_t first = seen.begin / unit * unit; first < seen.end; first += block_tokens) {
       int32_t const tokens = attend_smaller(block_tokens, (seen.end - first + unit - 1) / unit * unit);
       find_units(first, tokens);
-      score_block(first, tokens);
-      hide(attend_larger(seen.begin - first, 0), attend_smaller(seen.end - first, tokens), tokens);
-      exponentiate(tokens);
+      score_block(seen, first, tokens);
       add_values(tokens);
     }
     if (mass) spend();
@@ -188,7 +186,8 @@ class LookupBody {
                   key_bytes};
   }
 
-  void score_block(int32_t first, int32_t tokens) {
+  // Probabilities of the block from position `first` on, unit by unit while its scores are in L1.
+  void score_block(Interval seen, int32_t first, int32_t tokens) {
     const couplet_table& table = *params_.key_table;
     int64_t const row_bytes = couplet_row_bytes(table.codec, params_.page_tokens);
     int const shift = place_shift(table.codec.group_channels);
@@ -201,68 +200,73 @@ class LookupBody {
                     .rotation = rotation_,
                     .scores = scores_,
                     .fetch = {}};
-    for (int32_t i = 0; i < tokens / unit; ++i, keys.scores += unit * heads_) {
+    for (int32_t i = 0; i < tokens / unit; ++i, first += unit, keys.scores += unit * heads_) {
       unpack_unit(units_[i].page + params_.key_page_offset + task_->kv_head * params_.key_page_stride, row_bytes,
                   key_groups_, table.codec.code_bits, units_[i].slot, shift, key_places_);
-      if (params_.rotary && params_.rotary->linear) turn_queries_towards(first + i * unit);
-      if (params_.rotary && !params_.rotary->linear) arrange_angles_of(first + i * unit);
-      fetch(units_[i], first + i * unit + params_.page_tokens, keys.fetch);
+      if (params_.rotary && params_.rotary->linear) turn_queries_towards(first);
+      if (params_.rotary && !params_.rotary->linear) arrange_angles_of(first);
+      fetch(units_[i], first + params_.page_tokens, keys.fetch);
       key_functions_.score(keys);
+      exponentiate(keys.scores, {attend_larger(seen.begin - first, 0), attend_smaller(seen.end - first, unit)});
     }
-    if (params_.softcap > 0)
-      for (int32_t i = 0; i < tokens * heads_; i += width)
-        store(scores_ + i, tanh_of(load(scores_ + i)) * (params_.softcap * log2_e));
+    if (params_.value_codec.group_channels == 2) double_probabilities(tokens);
   }
 
-  // Tokens of the block's first and last units that the query does not see.
-  void hide(int32_t begin, int32_t end, int32_t tokens) {
-    for (int32_t i = 0; i < begin * heads_; ++i) scores_[i] = -__builtin_inff();
-    for (int32_t i = end * heads_; i < tokens * heads_; ++i) scores_[i] = -__builtin_inff();
-  }
-
+  // Turns the scores of a unit into probabilities; those of tokens outside `seen` become 0.
   // Lane i of a vector of scores belongs to head i % heads; maxima_ and sums_ keep that order.
-  void exponentiate(int32_t tokens) {
-    Floats largest = all(-__builtin_inff());
-    for (int32_t i = 0; i < tokens * heads_; i += width) largest = larger(largest, load(scores_ + i));
-    for (int32_t distance = width / 2; distance >= heads_; distance /= 2)
-      for (int lane = 0; lane < distance; ++lane) {
-        float const most = largest[lane] > largest[lane + distance] ? largest[lane] : largest[lane + distance];
-        largest[lane] = most;
-      }
-    for (int lane = heads_; lane < width; ++lane) largest[lane] = largest[lane % heads_];
-    raise_maxima(largest);
+  void exponentiate(float* scores, Interval seen) {
+    Floats const unseen = all(-__builtin_inff());
+    int32_t const count = unit * heads_;
+    if (params_.softcap > 0)
+      for (int32_t i = 0; i < count; i += width)
+        store(scores + i, tanh_of(load(scores + i)) * (params_.softcap * log2_e));
+    for (int32_t i = 0; i < seen.begin * heads_; ++i) scores[i] = unseen[0];
+    for (int32_t i = seen.end * heads_; i < count; ++i) scores[i] = unseen[0];
+
+    Floats largest = unseen;
+    for (int32_t i = 0; i < count; i += width) largest = larger(largest, load(scores + i));
+    largest = largest_of_heads(largest);
+    if (any(largest > maxima_ + rescale_threshold)) raise_maxima(larger(largest, maxima_), scores);
     Floats const maxima = maxima_;
     Floats sums = sums_;
-    for (int32_t i = 0; i < tokens * heads_; i += width) {
-      Floats const power = exp2_of(load(scores_ + i) - maxima);
+    for (int32_t i = 0; i < count; i += width) {
+      Floats const power = exp2_of(load(scores + i) - maxima);
       sums += power;
-      store(scores_ + i, power);
+      store(scores + i, power);
     }
     sums_ = sums;
-    if (params_.value_codec.group_channels == 2)
-      for (int32_t token = 0; token < tokens; ++token)
-        for (int32_t head = 0; head < heads_; ++head) {
-          float* const to = twice_ + 2 * (head * block_tokens + token);
-          to[0] = to[1] = scores_[token * heads_ + head];
-        }
   }
 
-  void raise_maxima(Floats largest) {
-    bool grown = false, started = false;
-    for (int lane = 0; lane < heads_; ++lane) {
-      grown = grown || largest[lane] > maxima_[lane] + rescale_threshold;
-      started = started || sums_[lane] > 0;
-    }
-    if (!grown) return;
-    Floats const raised = larger(largest, maxima_);
+  // The largest of all lanes of each head, in all of them.
+  Floats largest_of_heads(Floats v) const {
+#if defined(__AVX512F__)
+    if (heads_ <= 8) v = larger(v, swapped<8>(v, AllLanes{}));
+#endif
+    if (heads_ <= 4) v = larger(v, swapped<4>(v, AllLanes{}));
+    if (heads_ <= 2) v = larger(v, swapped<2>(v, AllLanes{}));
+    if (heads_ <= 1) v = larger(v, swapped<1>(v, AllLanes{}));
+    return v;
+  }
+
+  // Brings all that was summed so far to new maxima: earlier blocks, and this block's probabilities before `scores`.
+  void raise_maxima(Floats raised, const float* scores) {
     Floats const factor = exp2_of(maxima_ - raised);
     maxima_ = raised;
-    if (!started) return;
+    if (!any(sums_ > 0)) return;
     sums_ *= factor;
+    for (float* p = scores_; p < scores; p += width) store(p, load(p) * factor);
     for (int64_t i = 0; i < mass_used_; i += width) store(mass_ + i, load(mass_ + i) * factor);
     for (int32_t head = 0; head < heads_; ++head)
       for (int64_t i = head * padded_; i < (head + 1) * padded_; i += width)
         store(weighted_ + i, load(weighted_ + i) * factor[head]);
+  }
+
+  void double_probabilities(int32_t tokens) {
+    for (int32_t token = 0; token < tokens; ++token)
+      for (int32_t head = 0; head < heads_; ++head) {
+        float* const to = twice_ + 2 * (head * block_tokens + token);
+        to[0] = to[1] = scores_[token * heads_ + head];
+      }
   }
 
   ValueBlock value_block(int32_t group) const {

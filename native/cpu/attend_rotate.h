@@ -6,12 +6,6 @@
 
 namespace couplet::cpu::COUPLET_BODY {
 
-// Lane i of the result is v[i ^ 1].
-template <int... lane>
-static inline Floats neighbours(Floats v, Lanes<lane...>) {
-  return __builtin_shufflevector(v, v, (lane ^ 1)...);
-}
-
 // Rotates the rotary channels of a row by a row of angles. out may be row itself.
 static inline void rotate(const couplet_rotary& rotary, const float* cos, const float* sin, const float* row,
                           float* out) {
@@ -31,7 +25,7 @@ static inline void rotate(const couplet_rotary& rotary, const float* cos, const 
   } else {
     for (; i + width <= 2 * half; i += width) {
       Floats const x = load(row + i);
-      store(out + i, fused(neighbours(x, AllLanes{}), load(sin + i), x * load(cos + i)));
+      store(out + i, fused(swapped<1>(x, AllLanes{}), load(sin + i), x * load(cos + i)));
     }
     for (; i < 2 * half; i += 2) {
       float const x = row[i], y = row[i + 1];

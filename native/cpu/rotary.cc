@@ -14,14 +14,9 @@
 namespace couplet::cpu {
 namespace {
 
-// Linear tables: position p = offset + 64 coarse + 64 * 4096 wide, one row for each value of each digit.
-constexpr int32_t coarse_step = rotary_offsets;
-constexpr int32_t coarse_most = 4096;
-constexpr int32_t wide_step = coarse_step * coarse_most;
+constexpr int32_t wide_step = rotary_offsets * rotary_coarse;
 
 int64_t rows_for(int64_t positions, int64_t step) { return (positions + step - 1) / step; }
-int64_t coarse_rows(int32_t positions) { return std::min<int64_t>(rows_for(positions, coarse_step), coarse_most); }
-int64_t wide_rows(int32_t positions) { return rows_for(positions, wide_step); }
 
 int32_t pairs(const couplet_rotary& rotary) { return rotary.rotary_dim / 2; }
 
@@ -77,8 +72,10 @@ bool allocate_rows(couplet_rotary* rotary, int64_t rows) {
 
 // Fills offset, coarse and wide rows for angles t * frequency[i].
 bool fill_linear(couplet_rotary* rotary, const std::vector<double>& frequency) {
-  int64_t const coarse = coarse_rows(rotary->positions), wide = wide_rows(rotary->positions);
-  if (!allocate_rows(rotary, coarse_step + coarse + wide)) return false;
+  int64_t const coarse = std::min<int64_t>(rows_for(rotary->positions, rotary_offsets), rotary_coarse);
+  int64_t const wide = rows_for(rotary->positions, wide_step);
+  rotary->coarse_rows = static_cast<int32_t>(coarse);
+  if (!allocate_rows(rotary, rotary_offsets + coarse + wide)) return false;
   auto const fill = [&](int64_t first_row, int64_t rows, double step) {
     for (int64_t row = 0; row < rows; ++row)
       for (int32_t i = 0; i < pairs(*rotary); ++i) {
@@ -86,9 +83,9 @@ bool fill_linear(couplet_rotary* rotary, const std::vector<double>& frequency) {
         put(*rotary, first_row + row, i, std::cos(angle), std::sin(angle));
       }
   };
-  fill(0, coarse_step, 1);
-  fill(coarse_step, coarse, coarse_step);
-  fill(coarse_step + coarse, wide, wide_step);
+  fill(0, rotary_offsets, 1);
+  fill(rotary_offsets, coarse, rotary_offsets);
+  fill(rotary_offsets + coarse, wide, wide_step);
   return true;
 }
 
@@ -211,6 +208,7 @@ couplet_status create(const couplet_rotary_params* params, couplet_rotary** out,
       .cos = nullptr,
       .sin = nullptr,
       .amplitude = nullptr,
+      .coarse_rows = 0,
   };
   if (!rotary) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for rotary angles");
   bool filled = false;
@@ -235,20 +233,6 @@ size_t bytes(const couplet_rotary* rotary) { return rotary ? rotary->bytes : 0; 
 AngleRows key_angles(const couplet_rotary& rotary, int32_t first) {
   int64_t const at = rotary.linear ? 0 : first * rotary.stride;
   return {rotary.cos + at, rotary.sin + at, rotary.stride};
-}
-
-AngleSum distance_angles(const couplet_rotary& rotary, int32_t distance) {
-  int32_t const wide = distance / wide_step, coarse = distance % wide_step / coarse_step,
-                offset = distance % coarse_step;
-  AngleSum sum{};
-  auto const add = [&](int64_t row) {
-    sum.cos[sum.count] = rotary.cos + row * rotary.stride;
-    sum.sin[sum.count++] = rotary.sin + row * rotary.stride;
-  };
-  add(offset);
-  if (coarse) add(coarse_step + coarse);
-  if (wide) add(coarse_step + coarse_rows(rotary.positions) + wide);
-  return sum;
 }
 
 void position_angles(const couplet_rotary& rotary, int32_t position, float* cos, float* sin) {

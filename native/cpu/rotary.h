@@ -25,11 +25,14 @@ struct couplet_rotary {
   float* cos;  // float32 [rows][stride]. Linear: offset, coarse and wide rows, amplitude 1; else a row per position
   float* sin;
   float* amplitude;  // float32 [stride]: of one rotation, 1 unless given tables have another. Linear only
+  int32_t coarse_rows;
 };
 
 namespace couplet::cpu {
 
-constexpr int32_t rotary_offsets = 64;      // positions of a run of keys, at most
+// Linear tables: a position is offset + 64 coarse + 64 * 4096 wide, and there is one row for each value of each digit.
+constexpr int32_t rotary_offsets = 64;  // also the positions of a run of keys, at most
+constexpr int32_t rotary_coarse = 4096;
 constexpr int32_t rotary_max_stride = 256;  // elements of a row of angles, at most
 
 struct AngleRows {
@@ -47,7 +50,18 @@ struct AngleSum {
   const float* sin[3];
   int32_t count;  // 1 to 3
 };
-AngleSum distance_angles(const couplet_rotary& rotary, int32_t distance);
+static inline AngleSum distance_angles(const couplet_rotary& rotary, int32_t distance) {
+  int32_t const offset = distance % rotary_offsets, coarse = distance / rotary_offsets % rotary_coarse;
+  int32_t const wide = distance / rotary_offsets / rotary_coarse;
+  int64_t const rows[3] = {offset, rotary_offsets + coarse, rotary_offsets + rotary.coarse_rows + wide};
+  AngleSum sum;
+  for (int digit = 0; digit < 3; ++digit) {
+    sum.cos[digit] = rotary.cos + rows[digit] * rotary.stride;
+    sum.sin[digit] = rotary.sin + rows[digit] * rotary.stride;
+  }
+  sum.count = wide ? 3 : coarse ? 2 : 1;
+  return sum;
+}
 
 // Writes the row of angles of `position` as the model means it, for queries and keys alike.
 void position_angles(const couplet_rotary& rotary, int32_t position, float* cos, float* sin);

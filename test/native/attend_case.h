@@ -128,7 +128,8 @@ class AttendCase {
   couplet_table* make_table(couplet_codec codec) {
     size_t const count = static_cast<size_t>(shape_.kv_heads) * static_cast<size_t>(shape_.head_dim) *
                          static_cast<size_t>(couplet_codec_centroids(codec));
-    std::vector<float> const centroids = random_.normals(count);
+    std::vector<float> centroids(count);
+    for (float& channel : centroids) channel = static_cast<float>(random_.uniform(-1.73, 1.73));  // variance 1
     couplet_table_params const params{centroids.data(), shape_.kv_heads, shape_.head_dim, codec};
     couplet_table* table = nullptr;
     couplet_report report{};

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "../../native/cpu/rotary.h"
 #include "attend_case.h"
 
 namespace {
@@ -119,7 +120,7 @@ void long_sequences() {
                   .value_codec = codec,
                   .rotary_kind = COUPLET_ROTARY_HALF,
                   .rotary_dim = 128,
-                  .sequences = {{.before = 20000, .sinks = 4, .window = 32}}},
+                  .sequences = {{.before = 9000, .sinks = 4, .window = 32}}},
                  3);
   check_case(
       {.kv_heads = 1,
@@ -128,7 +129,7 @@ void long_sequences() {
        .rotary_kind = COUPLET_ROTARY_HALF,
        .rotary_dim = 64,
        .local_window = 9000,
-       .sequences = {{.before = 30000, .sinks = 4, .window = 32}, {.before = 3}, {.before = 9100, .uncoded = true}}},
+       .sequences = {{.before = 10000, .sinks = 4, .window = 32}, {.before = 3}, {.before = 9100, .uncoded = true}}},
       4);
 }
 
@@ -272,6 +273,63 @@ void detection() {  // given tables that are linear need no row per position
   }
 }
 
+// The angles themselves, where no sequence of a test is long enough to go: three digits of a position.
+void far_angles() {
+  for (int32_t kind : {COUPLET_ROTARY_HALF, COUPLET_ROTARY_INTERLEAVED}) {
+    couplet_rotary_params const params{nullptr, nullptr, 500000, kind, 64, 1 << 20, 64};
+    couplet_rotary* rotary = nullptr;
+    couplet_report report{};
+    if (!CHECK(cpu::rotary_entries.create(&params, &rotary, &report) == COUPLET_OK, "%s", report.detail)) return;
+    for (int32_t position : {0, 1, 63, 64, 4097, 262143, 262144, 262209, (1 << 20) - 1}) {
+      float cos[cpu::rotary_max_stride], sin[cpu::rotary_max_stride];
+      cpu::position_angles(*rotary, position, cos, sin);
+      for (int32_t i = 0; i < 32; ++i) {
+        int32_t const entry = kind == COUPLET_ROTARY_HALF ? i : 2 * i + 1;
+        double const angle = position * std::pow(500000, -i / 32.0);
+        CHECK(std::fabs(cos[entry] - std::cos(angle)) < 3e-7 && std::fabs(sin[entry] - std::sin(angle)) < 3e-7,
+              "kind %d, position %d, pair %d: %.8f, %.8f", kind, position, i, static_cast<double>(cos[entry]),
+              static_cast<double>(sin[entry]));
+      }
+    }
+    cpu::rotary_entries.destroy(rotary);
+  }
+}
+
+// What a model's float32 arithmetic makes of its angles is still linear; a NaN, a missing half and a wrong kind are refused.
+void rotary_tables() {
+  constexpr int32_t positions = 8192, half = 16;
+  std::vector<float> cos, sin;
+  for (int32_t t = 0; t < positions; ++t)
+    for (int32_t i = 0; i < half; ++i) {
+      float const angle = static_cast<float>(t) * std::pow(10000.0f, static_cast<float>(-i) / half);
+      cos.push_back(std::cos(angle));
+      sin.push_back(std::sin(angle));
+    }
+  couplet_rotary_params params{cos.data(), sin.data(), 0, COUPLET_ROTARY_HALF, 2 * half, positions, 64};
+  couplet_rotary* rotary = nullptr;
+  couplet_report report{};
+  CHECK(cpu::rotary_entries.create(&params, &rotary, &report) == COUPLET_OK && rotary->linear, "%s", report.detail);
+  cpu::rotary_entries.destroy(rotary);
+  params.positions = 1;
+  CHECK(cpu::rotary_entries.create(&params, &rotary, &report) == COUPLET_OK && rotary->linear, "%s", report.detail);
+  cpu::rotary_entries.destroy(rotary);
+
+  auto const refuses = [&](couplet_status status, auto&& change) {
+    couplet_rotary_params bad{cos.data(), sin.data(), 0, COUPLET_ROTARY_HALF, 2 * half, positions, 64};
+    change(bad);
+    CHECK(cpu::rotary_entries.create(&bad, &rotary, &report) == status && !rotary, "%s", report.detail);
+  };
+  rotary = nullptr;
+  refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.sin = nullptr; });
+  refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.kind = 3; });
+  refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.rotary_dim = 66; });
+  refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.rotary_dim = 31; });
+  refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.positions = 0; });
+  refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.cos = p.sin = nullptr; });
+  cos[1000] = NAN;
+  refuses(COUPLET_NOT_FINITE, [](couplet_rotary_params&) {});
+}
+
 }  // namespace
 
 int main() {
@@ -284,6 +342,8 @@ int main() {
   blind_rows();
   refusals();
   detection();
+  far_angles();
+  rotary_tables();
   std::printf("largest error over what is allowed: %.2f\n", worst);
   return couplet::test::finish();
 }

@@ -32,22 +32,40 @@ Row decode(const couplet_table& table, const uint8_t* page, int32_t page_tokens,
   return channels;
 }
 
-Row rotate(const couplet_rotary_params* rotary, int64_t position, Row row) {
-  if (!rotary) return row;
-  int32_t const half = rotary->rotary_dim / 2;
-  for (int32_t i = 0; i < half; ++i) {
-    double const angle = static_cast<double>(position) * std::pow(rotary->theta, -2.0 * i / rotary->rotary_dim);
-    double const cos = rotary->cos ? rotary->cos[position * half + i] : std::cos(angle);
-    double const sin = rotary->sin ? rotary->sin[position * half + i] : std::sin(angle);
-    bool const interleaved = rotary->kind == COUPLET_ROTARY_INTERLEAVED;
-    double& x = row[static_cast<size_t>(interleaved ? 2 * i : i)];
-    double& y = row[static_cast<size_t>(interleaved ? 2 * i + 1 : i + half)];
-    double const turned = x * cos - y * sin;
-    y = y * cos + x * sin;
-    x = turned;
+// cos and sin of every pair at every position that is asked for.
+class Angles {
+ public:
+  Angles(const couplet_rotary_params* rotary, int64_t positions) : rotary_(rotary) {
+    if (!rotary) return;
+    half_ = rotary->rotary_dim / 2;
+    for (int64_t position = 0; position < positions; ++position)
+      for (int64_t i = 0; i < half_; ++i) {
+        double const angle =
+            static_cast<double>(position) * std::pow(rotary->theta, -2.0 * static_cast<double>(i) / rotary->rotary_dim);
+        cos_.push_back(rotary->cos ? rotary->cos[position * half_ + i] : std::cos(angle));
+        sin_.push_back(rotary->sin ? rotary->sin[position * half_ + i] : std::sin(angle));
+      }
   }
-  return row;
-}
+
+  Row rotate(int64_t position, Row row) const {
+    bool const interleaved = rotary_ && rotary_->kind == COUPLET_ROTARY_INTERLEAVED;
+    for (int64_t i = 0; i < half_; ++i) {
+      double const cos = cos_[static_cast<size_t>(position * half_ + i)],
+                   sin = sin_[static_cast<size_t>(position * half_ + i)];
+      double& x = row[static_cast<size_t>(interleaved ? 2 * i : i)];
+      double& y = row[static_cast<size_t>(interleaved ? 2 * i + 1 : i + half_)];
+      double const turned = x * cos - y * sin;
+      y = y * cos + x * sin;
+      x = turned;
+    }
+    return row;
+  }
+
+ private:
+  const couplet_rotary_params* rotary_;
+  int64_t half_ = 0;
+  Row cos_, sin_;
+};
 
 // One token of one kv head as a query may read it: key rotated, value as it is. Empty when it is not there in this form.
 struct Token {
@@ -58,8 +76,8 @@ struct Tokens {
   std::vector<Token> coded, dense;  // by position
 };
 
-Tokens read_tokens(const couplet_attend_params& params, const couplet_rotary_params* rotary,
-                   const couplet_attend_sequence& sequence, int32_t kv_head) {
+Tokens read_tokens(const couplet_attend_params& params, const Angles& angles, const couplet_attend_sequence& sequence,
+                   int32_t kv_head) {
   size_t const count = static_cast<size_t>(sequence.first_query + sequence.query_tokens);
   Tokens tokens{std::vector<Token>(count), std::vector<Token>(count)};
   for (int64_t j = sequence.coded_begin; j < std::min<int64_t>(sequence.coded_end, static_cast<int64_t>(count)); ++j) {
@@ -67,9 +85,8 @@ Tokens read_tokens(const couplet_attend_params& params, const couplet_rotary_par
     int32_t const slot = static_cast<int32_t>(j % params.page_tokens);
     if (!page) continue;
     tokens.coded[static_cast<size_t>(j)] = {
-        rotate(rotary, j,
-               decode(*params.key_table, page + params.key_page_offset + kv_head * params.key_page_stride,
-                      params.page_tokens, kv_head, slot)),
+        angles.rotate(j, decode(*params.key_table, page + params.key_page_offset + kv_head * params.key_page_stride,
+                                params.page_tokens, kv_head, slot)),
         decode(*params.value_table, page + params.value_page_offset + kv_head * params.value_page_stride,
                params.page_tokens, kv_head, slot)};
   }
@@ -79,7 +96,7 @@ Tokens read_tokens(const couplet_attend_params& params, const couplet_rotary_par
       const float* const key = run.keys + i * run.key_token_stride + kv_head * run.key_head_stride;
       const float* const value = run.values + i * run.value_token_stride + kv_head * run.value_head_stride;
       tokens.dense[static_cast<size_t>(run.first_token + i)] = {
-          rotate(rotary, run.first_token + i, Row(key, key + params.head_dim)), Row(value, value + params.head_dim)};
+          angles.rotate(run.first_token + i, Row(key, key + params.head_dim)), Row(value, value + params.head_dim)};
     }
   }
   return tokens;
@@ -118,17 +135,20 @@ void reference_attend(const couplet_attend_params& params, const couplet_rotary_
   int32_t const group_heads = params.query_heads / params.kv_heads;
   for (int32_t s = 0; s < params.sequence_count; ++s) {
     const couplet_attend_sequence& sequence = params.sequences[s];
+    Angles const angles(rotary, sequence.query_tokens ? int64_t{sequence.first_query} + sequence.query_tokens : 0);
     for (int32_t kv_head = 0; kv_head < params.kv_heads && sequence.query_tokens > 0; ++kv_head) {
-      Tokens const tokens = read_tokens(params, rotary, sequence, kv_head);
+      Tokens const tokens = read_tokens(params, angles, sequence, kv_head);
       for (int64_t i = 0; i < sequence.query_tokens; ++i)
         for (int64_t head = kv_head * group_heads; head < (kv_head + 1) * group_heads; ++head) {
-          const float* const query =
-              static_cast<const float*>(sequence.queries) + i * sequence.query_token_stride + head * sequence.query_head_stride;
+          const float* const query = static_cast<const float*>(sequence.queries) + i * sequence.query_token_stride +
+                                     head * sequence.query_head_stride;
           int64_t const position = sequence.first_query + i;
           double const sink = params.head_sinks ? static_cast<double>(params.head_sinks[head])
                                                 : -std::numeric_limits<double>::infinity();
-          attend_row(params, sequence, tokens, rotate(rotary, position, Row(query, query + params.head_dim)), position,
-                     sink, static_cast<float*>(sequence.outputs) + i * sequence.output_token_stride + head * sequence.output_head_stride);
+          attend_row(params, sequence, tokens, angles.rotate(position, Row(query, query + params.head_dim)), position,
+                     sink,
+                     static_cast<float*>(sequence.outputs) + i * sequence.output_token_stride +
+                         head * sequence.output_head_stride);
         }
     }
   }

@@ -16,8 +16,7 @@ namespace couplet::binding {
 
 // ---- layer options and owners -------------------------------------------------------------------------------------
 
-LayerOptions::LayerOptions(const couplet_backend* backend, const CacheConfig& config, const Napi::Object& object)
-    : backend_(backend) {
+LayerOptions::LayerOptions(Device device, const CacheConfig& config, const Napi::Object& object) : device_(device) {
   Options const options(object);
   try {
     Napi::Array const rotaries = options.list("rotaries");
@@ -34,7 +33,7 @@ LayerOptions::LayerOptions(const couplet_backend* backend, const CacheConfig& co
       params.sin = given.array_or_none<float>("sin", angles).data;
       rotaries_.push_back(nullptr);
       couplet_report report{};
-      throw_unless_ok(object.Env(), backend->rotary.create(&params, &rotaries_.back(), &report), report);
+      throw_unless_ok(object.Env(), device.backend->rotary.create(&params, &rotaries_.back(), &report), report);
     }
     Napi::Array const layers = options.list("layers");
     if (layers.Length() != static_cast<uint32_t>(config.layers)) {
@@ -64,7 +63,7 @@ LayerOptions::LayerOptions(const couplet_backend* backend, const CacheConfig& co
 LayerOptions::~LayerOptions() { release(); }
 
 void LayerOptions::release() {
-  for (couplet_rotary* rotary : rotaries_) backend_->rotary.destroy(rotary);
+  for (couplet_rotary* rotary : rotaries_) device_.backend->rotary.destroy(rotary);
   rotaries_.clear();
 }
 
@@ -114,7 +113,7 @@ Napi::Value create_codebook(const Napi::CallbackInfo& info) {
   couplet_report report{};
   throw_unless_ok(
       info.Env(),
-      Codebook::create(read_backend(options), shape, read_tables(options, "keyTables", shape, shape.key_codec),
+      Codebook::create(read_device(options), shape, read_tables(options, "keyTables", shape, shape.key_codec),
                        read_tables(options, "valueTables", shape, shape.value_codec), &codebook, &report),
       report);
   return make_handle(info.Env(), std::make_unique<CodebookHandle>(info.Env(), std::move(codebook)));
@@ -133,13 +132,13 @@ Napi::Value create_cache(const Napi::CallbackInfo& info) {
                               .window = given.integer("window", -1),
                               .threads = read_threads(given),
                               .budget_bytes = given.integer_or<int64_t>("memory", 0, 1, int64_t{1} << 53)};
-  const couplet_backend* const backend = read_backend(options);
+  Device const device = read_device(options);
   std::shared_ptr<const Codebook> codebook;
   if (options.has("codebook")) codebook = read_handle<CodebookHandle>(options.get("codebook"), "codebook").codebook;
   std::shared_ptr<Cache> cache;
   couplet_report report{};
-  throw_unless_ok(info.Env(), Cache::create(backend, config, std::move(codebook), &cache, &report), report);
-  auto layers = std::make_shared<LayerOptions>(backend, config, info[0].As<Napi::Object>());
+  throw_unless_ok(info.Env(), Cache::create(device, config, std::move(codebook), &cache, &report), report);
+  auto layers = std::make_shared<LayerOptions>(device, config, info[0].As<Napi::Object>());
   auto handle = std::make_unique<CacheHandle>();
   handle->owner = std::make_shared<CacheOwner>(info.Env(), std::move(cache), std::move(layers));
   return make_handle(info.Env(), std::move(handle));

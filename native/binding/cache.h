@@ -14,7 +14,7 @@ namespace couplet::binding {
 class LayerOptions {
  public:
   // options: `rotaries`, a list of objects, and `layers`, a list of objects whose `rotary` is an index into that list.
-  LayerOptions(const couplet_backend* backend, const CacheConfig& config, const Napi::Object& options);
+  LayerOptions(Device device, const CacheConfig& config, const Napi::Object& options);
   ~LayerOptions();
   LayerOptions(const LayerOptions&) = delete;
   LayerOptions& operator=(const LayerOptions&) = delete;
@@ -24,7 +24,7 @@ class LayerOptions {
  private:
   void release();
 
-  const couplet_backend* backend_;
+  Device device_;
   std::vector<couplet_rotary*> rotaries_;
   std::vector<std::vector<float>> head_sinks_;
   std::vector<AttendOptions> layers_;

@@ -84,7 +84,7 @@ couplet_status Cache::State::reserve(std::vector<StepRowState>* rows, couplet_re
                 static_cast<long long>(std::max<int64_t>(0, pool.budget_bytes() - pool.used_bytes())),
                 static_cast<long long>(pool.budget_bytes()));
   }
-  bool complete = obtainable(backend->memory, needed);
+  bool complete = obtainable(device.backend->memory, needed);
   for (StepRowState& row : *rows) {
     for_each_tail(&row, [&](const Region& region, Tail* tail) {
       for (int64_t index = tail->first; index < tail->end() && complete; ++index) {
@@ -112,7 +112,8 @@ couplet_status Cache::begin(std::span<const StepRow> rows, Prefill prefill, std:
   State& state = *state_;
   if (state.disposed) return fail(report, COUPLET_DISPOSED, {}, "The cache has been disposed; create another one");
   std::vector<StepRowState> planned;
-  couplet_status status = state.plan(rows, &planned, report);
+  couplet_status status = state.device.select(report);
+  if (status == COUPLET_OK) status = state.plan(rows, &planned, report);
   if (status == COUPLET_OK) status = state.reserve(&planned, report);
   if (status != COUPLET_OK) return status;
 
@@ -127,7 +128,7 @@ couplet_status Cache::begin(std::span<const StepRow> rows, Prefill prefill, std:
   step_state->rows = std::move(planned);
   for (const StepRowState& row : step_state->rows) row.sequence->in_step = true;
   if (state.idle_scratch.empty()) {
-    step_state->scratch = Scratch(state.backend, &state.scratch_bytes);
+    step_state->scratch = Scratch(state.device.backend, &state.scratch_bytes);
   } else {
     step_state->scratch = std::move(state.idle_scratch.back());
     state.idle_scratch.pop_back();

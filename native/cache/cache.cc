@@ -34,7 +34,7 @@ couplet_status check_config(const CacheConfig& config, couplet_report* report) {
   return COUPLET_OK;
 }
 
-couplet_status check_codebook(const CacheConfig& config, const couplet_backend* backend, const Codebook* codebook,
+couplet_status check_codebook(const CacheConfig& config, Device device, const Codebook* codebook,
                               couplet_report* report) {
   if (!codebook) {
     if (config.window < 0) return COUPLET_OK;
@@ -43,10 +43,9 @@ couplet_status check_codebook(const CacheConfig& config, const couplet_backend* 
                 "and no codebook",
                 config.window);
   }
-  if (codebook->backend() != backend) {
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected a codebook on backend %s but received one on backend %s", backend->name,
-                codebook->backend()->name);
+  if (codebook->device() != device) {
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected a codebook on device %s %d but received one on %s %d",
+                device.backend->name, device.index, codebook->device().backend->name, codebook->device().index);
   }
   const Codebook::Shape& shape = codebook->shape();
   if (shape.layers == config.layers && shape.kv_heads == config.kv_heads && shape.head_dim == config.head_dim)
@@ -67,14 +66,14 @@ constexpr int64_t block_header_bytes = sizeof(Block) + 2 * sizeof(void*);
 Cache::Cache() = default;
 Cache::~Cache() = default;
 
-couplet_status Cache::create(const couplet_backend* backend, const CacheConfig& config,
-                             std::shared_ptr<const Codebook> codebook, std::shared_ptr<Cache>* out,
-                             couplet_report* report) try {
+couplet_status Cache::create(Device device, const CacheConfig& config, std::shared_ptr<const Codebook> codebook,
+                             std::shared_ptr<Cache>* out, couplet_report* report) try {
   couplet_status status = check_config(config, report);
-  if (status == COUPLET_OK) status = check_codebook(config, backend, codebook.get(), report);
+  if (status == COUPLET_OK) status = check_codebook(config, device, codebook.get(), report);
+  if (status == COUPLET_OK) status = device.select(report);
   if (status != COUPLET_OK) return status;
   std::shared_ptr<Cache> cache(new Cache);
-  cache->state_ = std::make_unique<State>(backend, config);
+  cache->state_ = std::make_unique<State>(device, config);
   State& state = *cache->state_;
   if (codebook) {
     state.code_layout = code_layout(config.layers, config.kv_heads, config.head_dim, config.page_tokens,
@@ -93,7 +92,7 @@ couplet_status Cache::create(const couplet_backend* backend, const CacheConfig& 
 }
 
 const CacheConfig& Cache::config() const { return state_->config; }
-const couplet_backend* Cache::backend() const { return state_->backend; }
+Device Cache::device() const { return state_->device; }
 
 couplet_status Cache::State::find(SequenceId id, Sequence** out, couplet_report* report) {
   if (disposed) return fail(report, COUPLET_DISPOSED, {}, "The cache has been disposed; create another one");

@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "../abi/backend.h"
+#include "../common/device.h"
 
 namespace couplet {
 
@@ -24,7 +24,7 @@ struct LayerTables {  // tables of one layer, owned by a Codebook
   couplet_table* value = nullptr;
 };
 
-// The tables of a whole model on one backend. Shared by caches, immutable.
+// The tables of a whole model on one device. Shared by caches, immutable.
 class Codebook {
  public:
   struct Shape {
@@ -32,20 +32,20 @@ class Codebook {
     couplet_codec key_codec{}, value_codec{};
   };
   // key_tables, value_tables: for each layer float32 [kv_heads][groups][2^code_bits][group_channels]; copied.
-  static couplet_status create(const couplet_backend* backend, const Shape& shape,
-                               std::span<const float* const> key_tables, std::span<const float* const> value_tables,
-                               std::shared_ptr<const Codebook>* out, couplet_report* report);
+  static couplet_status create(Device device, const Shape& shape, std::span<const float* const> key_tables,
+                               std::span<const float* const> value_tables, std::shared_ptr<const Codebook>* out,
+                               couplet_report* report);
   ~Codebook();
   Codebook(const Codebook&) = delete;
   Codebook& operator=(const Codebook&) = delete;
-  const couplet_backend* backend() const { return backend_; }
+  Device device() const { return device_; }
   const Shape& shape() const { return shape_; }
   const LayerTables& layer(int32_t index) const { return layers_[static_cast<size_t>(index)]; }
   size_t bytes() const { return bytes_; }
 
  private:
   Codebook() = default;
-  const couplet_backend* backend_ = nullptr;
+  Device device_;
   Shape shape_;
   std::vector<LayerTables> layers_;
   size_t bytes_ = 0;
@@ -111,15 +111,14 @@ class Step;
 // answers COUPLET_BUSY. Every call answers COUPLET_DISPOSED after dispose, or for a sequence that was dropped.
 class Cache : public std::enable_shared_from_this<Cache> {
  public:
-  static couplet_status create(const couplet_backend* backend, const CacheConfig& config,
-                               std::shared_ptr<const Codebook> codebook, std::shared_ptr<Cache>* out,
-                               couplet_report* report);
+  static couplet_status create(Device device, const CacheConfig& config, std::shared_ptr<const Codebook> codebook,
+                               std::shared_ptr<Cache>* out, couplet_report* report);
   ~Cache();
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
 
   const CacheConfig& config() const;
-  const couplet_backend* backend() const;
+  Device device() const;
 
   couplet_status create_sequence(SequenceId* out, couplet_report* report);
   couplet_status fork(SequenceId from, SequenceId* out, couplet_report* report);

@@ -31,13 +31,14 @@ couplet_status check_shape(const Codebook::Shape& shape, size_t key_tables, size
 
 }  // namespace
 
-couplet_status Codebook::create(const couplet_backend* backend, const Shape& shape,
-                                std::span<const float* const> key_tables, std::span<const float* const> value_tables,
-                                std::shared_ptr<const Codebook>* out, couplet_report* report) try {
+couplet_status Codebook::create(Device device, const Shape& shape, std::span<const float* const> key_tables,
+                                std::span<const float* const> value_tables, std::shared_ptr<const Codebook>* out,
+                                couplet_report* report) try {
   couplet_status status = check_shape(shape, key_tables.size(), value_tables.size(), report);
+  if (status == COUPLET_OK) status = device.select(report);
   if (status != COUPLET_OK) return status;
   std::shared_ptr<Codebook> codebook(new Codebook);
-  codebook->backend_ = backend;
+  codebook->device_ = device;
   codebook->shape_ = shape;
   codebook->layers_.resize(static_cast<size_t>(shape.layers));
   for (int32_t layer = 0; layer < shape.layers; ++layer) {
@@ -49,12 +50,12 @@ couplet_status Codebook::create(const couplet_backend* backend, const Shape& sha
           .head_dim = shape.head_dim,
           .codec = is_key ? shape.key_codec : shape.value_codec};
       couplet_table** const table = is_key ? &tables.key : &tables.value;
-      status = backend->table.create(&params, table, report);
+      status = device.backend->table.create(&params, table, report);
       if (status != COUPLET_OK) {
         if (report) report->layer = layer;
         return status;
       }
-      codebook->bytes_ += backend->table.bytes(*table);
+      codebook->bytes_ += device.backend->table.bytes(*table);
     }
   }
   *out = std::move(codebook);
@@ -65,8 +66,8 @@ couplet_status Codebook::create(const couplet_backend* backend, const Shape& sha
 
 Codebook::~Codebook() {
   for (const LayerTables& tables : layers_) {
-    backend_->table.destroy(tables.key);
-    backend_->table.destroy(tables.value);
+    device_.backend->table.destroy(tables.key);
+    device_.backend->table.destroy(tables.value);
   }
 }
 

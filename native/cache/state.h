@@ -114,10 +114,10 @@ struct Step::State {
 };
 
 struct Cache::State {
-  State(const couplet_backend* owner, const CacheConfig& given)
-      : backend(owner), config(given), pool(owner, given.budget_bytes) {}
+  State(Device owner, const CacheConfig& given)
+      : device(owner), config(given), pool(owner.backend, given.budget_bytes) {}
 
-  const couplet_backend* const backend;
+  const Device device;
   const CacheConfig config;
   CodeLayout code_layout;
   RawLayout raw_layout;

@@ -140,7 +140,7 @@ couplet_status Step::State::run_layer(int32_t layer, std::span<const StepData> d
 // A block that another sequence holds too is copied layer by layer, just before its copy is written.
 couplet_status Step::State::copy_shared(const StepRowState& row, int32_t layer, couplet_report* report) {
   const Cache::State& owner = *cache->state_;
-  auto const copy = owner.backend->memory.copy;
+  auto const copy = owner.device.backend->memory.copy;
   if (row.codes.original) {
     const CodeLayout& layout = owner.code_layout;
     int64_t const begin = layout.key_offsets[static_cast<size_t>(layer)];
@@ -223,7 +223,7 @@ couplet_status Step::State::encode_leaving(const StepRowState& row, int32_t laye
 couplet_status Step::State::encode_run(const StepRowState& row, int32_t layer, const StepData& data,
                                        int64_t first_token, int64_t tokens, couplet_report* report) {
   const Cache::State& owner = *cache->state_;
-  const couplet_encode_entries& encode = owner.backend->encode;
+  const couplet_encode_entries& encode = owner.device.backend->encode;
   const CodeLayout& layout = owner.code_layout;
   for (const SideRows& side : {key_rows(data), value_rows(data)}) {
     couplet_encode_params const params = {
@@ -353,7 +353,7 @@ couplet_attend_params Step::State::attend_params(int32_t layer, const AttendOpti
 
 couplet_status Step::State::attend_rows(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
                                         couplet_report* report) {
-  const couplet_attend_entries& attend = cache->backend()->attend;
+  const couplet_attend_entries& attend = cache->device().backend->attend;
   int64_t most_queries = 0;
   std::vector<size_t> dense_offsets;
   dense.clear();

@@ -47,7 +47,7 @@ Found search(const std::string& name) {
 const couplet_backend* find_backend(const std::string& name, couplet_report* report) {
   if (name == "cpu") return cpu::backend();
   if (name != "cuda" && name != "sim")
-    return refuse(report, "Expected \"cpu\" or \"cuda\" for `device` but received \"" + name + "\"");
+    return refuse(report, "Expected \"cpu\", \"cuda\" or \"auto\" for `device` but received \"" + name + "\"");
   static std::mutex mutex;
   static auto* const known = new std::map<std::string, Found>;  // never destroyed: calls may run while the process ends
   std::lock_guard const lock(mutex);

@@ -55,7 +55,7 @@ couplet_status Capture::begin(const Step& step, couplet_report* report) {
     row_tokens_.push_back(row.tokens);
     for (int32_t token = 0; token < row.tokens; ++token) slots_.push_back(draw_slot());
   }
-  backend_ = step.cache()->backend();
+  backend_ = step.cache()->device().backend;
   threads_ = config.threads;
   phase_ = Phase::running;
   return COUPLET_OK;

@@ -196,6 +196,8 @@ inline const couplet_backend* fake_backend() {
     backend.layout_version = COUPLET_LAYOUT_VERSION;
     backend.struct_bytes = sizeof(couplet_backend);
     backend.name = "fake";
+    backend.device = {
+        .count = [] { return 1; }, .select = [](int32_t, couplet_report*) { return COUPLET_OK; }, .describe = nullptr};
     backend.memory = {.is_host = 1,
                       .allocate = fake_allocate,
                       .release = fake_release,

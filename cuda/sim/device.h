@@ -207,14 +207,12 @@ inline unsigned __brev(unsigned value) {
   for (int bit = 0; bit < 32; ++bit) reversed |= (value >> bit & 1) << (31 - bit);
   return reversed;
 }
+// CUDA's function is not the instruction: it clears bit 3 of each nibble, by which prmt would repeat a byte's sign.
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   uint64_t const bytes = uint64_t{high} << 32 | low;
   unsigned result = 0;
-  for (int index = 0; index < 4; ++index) {
-    unsigned const select = selector >> (4 * index);
-    unsigned const byte = static_cast<unsigned>(bytes >> (8 * (select & 7))) & 0xff;
-    result |= (select & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << (8 * index);
-  }
+  for (int index = 0; index < 4; ++index)
+    result |= (static_cast<unsigned>(bytes >> (8 * (selector >> (4 * index) & 7))) & 0xff) << (8 * index);
   return result;
 }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {

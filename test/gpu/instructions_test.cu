@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(64) integer(const uint32_t* in /*[64][3]*/, ui
   uint32_t const results[integers] = {
       gpu::lop3<0xea>(a, b, c),  // (a & b) | c
       gpu::lop3<0x96>(a, b, c),  // a ^ b ^ c
-      __byte_perm(a, b, c & 0xffff),
+      __byte_perm(a, b, c),
       __funnelshift_r(a, b, c),
       __funnelshift_l(a, b, c),
       __brev(a),
@@ -351,12 +351,12 @@ __global__ void __launch_bounds__(64) integer(const uint32_t* in /*[64][3]*/, ui
   for (int index = 0; index < integers; ++index) out[threadIdx.x * integers + index] = results[index];
 }
 
+// As on a GPU: three bits of each nibble choose, the fourth and the upper half of the selector do nothing.
 uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result = 0;
   for (int byte = 3; byte >= 0; --byte) {
-    uint32_t const which = selector >> byte * 4 & 15;
-    uint32_t const value = ((which & 4) ? b : a) >> (which & 3) * 8 & 255;
-    result = result << 8 | ((which & 8) ? (value >> 7) * 255 : value);
+    uint32_t const which = selector >> byte * 4 & 7;
+    result = result << 8 | (((which & 4) ? b : a) >> (which & 3) * 8 & 255);
   }
   return result;
 }

@@ -1,0 +1,150 @@
+#include "measure.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "kernels.h"
+
+namespace couplet::bench {
+namespace {
+
+constexpr float longest_warm_up = 1500;  // ms
+
+}  // namespace
+
+Meter::Meter(Limits limits, size_t flush_bytes) : limits_(limits), flush_(flush_bytes), sink_(1) {
+  must(cudaMemset(flush_.data(), 1, flush_bytes), "clearing memory");
+  must(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
+  must(cudaEventCreate(&begin_), "making an event");
+  must(cudaEventCreate(&end_), "making an event");
+  must(cudaDeviceSynchronize(), "waiting for the device");
+}
+
+Meter::~Meter() {
+  cudaEventDestroy(begin_);
+  cudaEventDestroy(end_);
+  cudaStreamDestroy(stream_);
+}
+
+Timing Meter::time(const Call& call) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t replay = nullptr;
+  must(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal), "beginning a capture");
+  call(stream_);
+  must(cudaStreamEndCapture(stream_, &graph), "ending a capture");
+  must(cudaGraphInstantiate(&replay, graph, 0), "making a graph");
+  std::vector<double> samples;
+  double spent = 0;
+  for (int sample = -1; sample < limits_.most && (sample < limits_.least || spent < limits_.seconds); ++sample) {
+    if (spent > 1e-3 * longest_warm_up) break;
+    must(read_through(flush_.data(), flush_.size(), sink_.data(), stream_), "flushing L2");
+    must(cudaEventRecord(begin_, stream_), "recording an event");
+    must(cudaGraphLaunch(replay, stream_), "launching a graph");
+    must(cudaEventRecord(end_, stream_), "recording an event");
+    wait();
+    float milliseconds = 0;
+    must(cudaEventElapsedTime(&milliseconds, begin_, end_), "reading events");
+    // The first replay also loads code, which does not matter to a call of seconds.
+    if (sample < 0 && milliseconds < longest_warm_up) continue;
+    samples.push_back(1e3 * static_cast<double>(milliseconds));
+    spent += 1e-3 * static_cast<double>(milliseconds);
+  }
+  cudaGraphExecDestroy(replay);
+  cudaGraphDestroy(graph);
+  std::sort(samples.begin(), samples.end());
+  return {samples[samples.size() / 2], samples.front(), samples.back(), static_cast<int>(samples.size())};
+}
+
+Ceilings measure_ceilings(Meter& meter, bool tiny) {
+  size_t const copied = tiny ? size_t{1} << 16 : size_t{1} << 30;
+  DeviceArray<uint8_t> const from(copied);
+  DeviceArray<uint8_t> const to(copied);
+  must(fill_bytes(from.data(), copied, 1, meter.stream()), "filling memory");
+  // Not cudaMemcpyAsync: in a graph that is a copy engine's work, which reaches two thirds of this.
+  Timing const copied_all =
+      meter.time([&](cudaStream_t stream) { must(copy(to.data(), from.data(), copied, stream), "copying"); });
+
+  int device = 0;
+  int multiprocessors = 0;
+  must(cudaGetDevice(&device), "asking for the device");
+  must(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "asking the device");
+  int const blocks = tiny ? 1 : 2 * multiprocessors;
+  int const steps = tiny ? 1 : 2000;
+  DeviceArray<uint32_t> const sink(1);
+  auto const rate = [&](Rows rows) {
+    Timing const timing =
+        meter.time([&](cudaStream_t stream) { must(look_up(rows, blocks, steps, sink.data(), stream), "lookups"); });
+    return 16.0 * blocks * lookup_threads * steps * lookups_of_a_step / timing.microseconds * 1e6;
+  };
+  return {2e6 * static_cast<double>(copied) / copied_all.microseconds, rate(Rows::own_banks), rate(Rows::any)};
+}
+
+namespace {
+
+[[gnu::format(printf, 1, 2)]] std::string text_of(const char* format, ...) {
+  char text[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  return text;
+}
+
+}  // namespace
+
+void Report::add(const Case& what, const Result& result) {
+  Timing const& timing = result.timing;
+  double const seconds = timing.microseconds * 1e-6;
+  double const of_copy = result.bytes / seconds / ceilings_.copy;
+  double const of_lookups = result.lookup_bytes / seconds / ceilings_.lookups;
+  std::printf(
+      "%-14s %-5s %5d x %-6d heads %2d/%d x %-3d  %10.1f us  %5.1f %% of copy  %5.1f %% of lookups  error %.1e  "
+      "%s%s%s\n",
+      what.operation.c_str(), name_of(what.codec).c_str(), what.batch, what.context, what.query_heads, what.kv_heads,
+      what.head_dim, timing.microseconds, 100 * of_copy, 100 * of_lookups, result.error, result.body.c_str(),
+      result.note.empty() ? "" : "; ", result.note.c_str());
+  std::fflush(stdout);
+  rows_.push_back(
+      text_of("{\"operation\":\"%s\",\"codec\":\"%s\",\"batch\":%d,\"context\":%d,\"queries\":%d,\"queryHeads\":%d,"
+              "\"kvHeads\":%d,\"headDim\":%d,",
+              what.operation.c_str(), name_of(what.codec).c_str(), what.batch, what.context, what.queries,
+              what.query_heads, what.kv_heads, what.head_dim) +
+      text_of("\"body\":\"%s\",\"microseconds\":%.3f,\"fastest\":%.3f,\"slowest\":%.3f,\"samples\":%d,\"bytes\":%.0f,"
+              "\"lookupBytes\":%.0f,\"shareOfCopy\":%.4f,\"shareOfLookups\":%.4f,",
+              result.body.c_str(), timing.microseconds, timing.fastest, timing.slowest, timing.samples, result.bytes,
+              result.lookup_bytes, of_copy, of_lookups) +
+      text_of("\"error\":%.3g,\"check\":\"%s\",\"note\":\"%s\"}", result.error, result.check.c_str(),
+              result.note.c_str()));
+}
+
+void Report::write(const char* path) const {
+  std::FILE* const file = std::fopen(path, "w");
+  if (!file) {
+    std::fprintf(stderr, "%s cannot be written\n", path);
+    std::exit(1);
+  }
+  cudaDeviceProp properties{};
+  int runtime = 0;
+  int driver = 0;
+  must(cudaGetDeviceProperties(&properties, 0), "asking the device");
+  must(cudaRuntimeGetVersion(&runtime), "asking for a version");
+  must(cudaDriverGetVersion(&driver), "asking for a version");
+  std::fprintf(file,
+               "{\"device\":{\"name\":\"%s\",\"architecture\":\"sm_%d%d\",\"multiprocessors\":%d,\"l2Bytes\":%d,"
+               "\"memoryBytes\":%zu,\"cudaRuntime\":%d,\"cudaDriver\":%d},\n",
+               properties.name, properties.major, properties.minor, properties.multiProcessorCount,
+               properties.l2CacheSize, properties.totalGlobalMem, runtime, driver);
+  std::fprintf(file,
+               "\"ceilings\":{\"copyBytesPerSecond\":%.0f,\"lookupBytesPerSecond\":%.0f,"
+               "\"conflictingLookupBytesPerSecond\":%.0f},\n\"rows\":[\n",
+               ceilings_.copy, ceilings_.lookups, ceilings_.conflicting_lookups);
+  for (size_t row = 0; row < rows_.size(); ++row)
+    std::fprintf(file, "%s%s\n", rows_[row].c_str(), row + 1 < rows_.size() ? "," : "");
+  std::fprintf(file, "]}\n");
+  if (std::fclose(file) != 0) {
+    std::fprintf(stderr, "%s cannot be written\n", path);
+    std::exit(1);
+  }
+}
+
+}  // namespace couplet::bench

@@ -1,0 +1,37 @@
+// Tables of random centroids on both sides: the one that is measured, and the CPU's that it is checked against.
+#pragma once
+
+#include <memory>
+
+#include "../../native/cpu/backend.h"
+#include "measure.h"
+
+namespace couplet::bench {
+
+struct Tables {
+  Tables(couplet_codec codec, int32_t kv_heads, int32_t head_dim, uint64_t seed) {
+    size_t const count = static_cast<size_t>(kv_heads) * static_cast<size_t>(head_dim) *
+                         static_cast<size_t>(couplet_codec_centroids(codec));
+    std::vector<float> const centroids = test::Random(seed).normals(count);
+    couplet_table_params const params{centroids.data(), kv_heads, head_dim, codec};
+    couplet_table* table = nullptr;
+    couplet_report report{};
+    must(cuda::table_entries.create(&params, &table, &report), report);
+    device.reset(table);
+    must(cpu::table_entries.create(&params, &table, &report), report);
+    host.reset(table);
+    float16_bytes = 2 * static_cast<double>(count);
+  }
+
+  struct FreeOnDevice {
+    void operator()(couplet_table* table) const { cuda::table_entries.destroy(table); }
+  };
+  struct FreeOnHost {
+    void operator()(couplet_table* table) const { cpu::table_entries.destroy(table); }
+  };
+  std::unique_ptr<couplet_table, FreeOnDevice> device;
+  std::unique_ptr<couplet_table, FreeOnHost> host;
+  double float16_bytes;
+};
+
+}  // namespace couplet::bench

@@ -1,10 +1,9 @@
 // The entries of attend: what is refused, which body runs, and its chain of launches
 //   plan -> general or lookup decode -> merge     sequences with one query
 //        -> general prefill                       all others
-#include <cmath>
 #include <cstdio>
 
-#include "../../native/common/report.h"
+#include "../../native/common/check.h"
 #include "../backend.h"
 #include "../table.h"
 #include "step.h"
@@ -14,63 +13,19 @@ namespace attend {
 namespace {
 
 // ---- refusals --------------------------------------------------------------------------------------------------------------
-#define EXPECT(condition, ...) \
-  if (!(condition)) return fail(report, COUPLET_INVALID_ARGUMENT, {}, __VA_ARGS__)
-
-couplet_status check_pages(const couplet_attend_params& params, couplet_report* report) {
-  if (!params.key_table && !params.value_table) return COUPLET_OK;
-  if (couplet_status const status =
-          check_table(params.key_table, "keyTable", params.key_codec, params.kv_heads, params.head_dim, report))
-    return status;
-  if (couplet_status const status =
-          check_table(params.value_table, "valueTable", params.value_codec, params.kv_heads, params.head_dim, report))
-    return status;
-  int64_t const heads = params.kv_heads > 1;
-  EXPECT(
-      params.key_page_offset >= 0 &&
-          params.key_page_stride >= heads * couplet_page_bytes(params.key_codec, params.head_dim, params.page_tokens),
-      "Expected `keyPageStride` to hold a page of keys but received %lld",
-      static_cast<long long>(params.key_page_stride));
-  EXPECT(params.value_page_offset >= 0 &&
-             params.value_page_stride >=
-                 heads * couplet_page_bytes(params.value_codec, params.head_dim, params.page_tokens),
-         "Expected `valuePageStride` to hold a page of values but received %lld",
-         static_cast<long long>(params.value_page_stride));
-  return COUPLET_OK;
+couplet_status check(const couplet_attend_params* params, couplet_report* report) {
+  if (couplet_status const status = check_attend_params(params, report)) return status;
+  const couplet_attend_params& p = *params;
+  if (p.rotary && rotary_of(p.rotary)->head_dim != p.head_dim)
+    return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                "Expected a rotary embedding of headDim %d but received one of %d", p.head_dim,
+                rotary_of(p.rotary)->head_dim);
+  if (!p.key_table && !p.value_table) return COUPLET_OK;
+  couplet_status status = check_table(p.key_table, "keyTable", p.key_codec, p.kv_heads, p.head_dim, report);
+  if (status == COUPLET_OK)
+    status = check_table(p.value_table, "valueTable", p.value_codec, p.kv_heads, p.head_dim, report);
+  return status == COUPLET_OK ? check_attend_pages(p, report) : status;
 }
-
-couplet_status check(const couplet_attend_params* given, couplet_report* report) {
-  EXPECT(given, "Expected parameters but received NULL");
-  const couplet_attend_params& params = *given;
-  EXPECT(params.head_dim >= 32 && params.head_dim <= COUPLET_MAX_HEAD_DIM && params.head_dim % 8 == 0,
-         "Expected 32 to %d in steps of 8 for `headDim` but received %d", COUPLET_MAX_HEAD_DIM, params.head_dim);
-  EXPECT(params.kv_heads >= 1, "Expected 1 or more for `kvHeads` but received %d", params.kv_heads);
-  EXPECT(params.query_heads >= 1 && params.query_heads % params.kv_heads == 0,
-         "Expected a multiple of kvHeads %d for `queryHeads` but received %d", params.kv_heads, params.query_heads);
-  EXPECT(params.query_heads <= 65536, "Expected at most 65536 for `queryHeads` but received %d", params.query_heads);
-  EXPECT(params.page_tokens >= 8 && params.page_tokens % 8 == 0 && params.page_tokens <= 65536,
-         "Expected a multiple of 8 up to 65536 for `pageTokens` but received %d", params.page_tokens);
-  EXPECT(params.local_window >= 0, "Expected 0 or more for `localWindow` but received %d", params.local_window);
-  EXPECT(std::isfinite(params.scale), "Expected a finite number for `scale` but received %g",
-         static_cast<double>(params.scale));
-  EXPECT(std::isfinite(params.softcap) && params.softcap >= 0,
-         "Expected a finite number of 0 or more for `softcap` but received %g", static_cast<double>(params.softcap));
-  EXPECT(params.sequence_count >= 0 && params.sequence_count <= 65536,
-         "Expected 0 to 65536 for the number of sequences but received %d", params.sequence_count);
-  EXPECT(params.most_query_tokens >= 0, "Expected 0 or more for the most query tokens but received %d",
-         params.most_query_tokens);
-  for (int32_t const dtype : {params.query_dtype, params.output_dtype})
-    EXPECT(dtype == COUPLET_FLOAT32 || dtype == COUPLET_FLOAT16 || dtype == COUPLET_BFLOAT16,
-           "Expected float32, float16 or bfloat16 for `queryDtype` and `outputDtype` but received %d", dtype);
-  EXPECT(params.sequences || params.sequence_count == 0, "Expected an array for `sequences` but received NULL");
-  if (params.rotary)
-    EXPECT(rotary_of(params.rotary)->head_dim == params.head_dim,
-           "Expected a rotary embedding of headDim %d but received one of %d", params.head_dim,
-           rotary_of(params.rotary)->head_dim);
-  return check_pages(params, report);
-}
-
-#undef EXPECT
 
 // ---- selection -------------------------------------------------------------------------------------------------------------
 int device_attribute(cudaDeviceAttr attribute) {

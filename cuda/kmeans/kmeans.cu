@@ -9,7 +9,6 @@
 #include <cstdio>
 
 #include "../../native/common/control.h"
-#include "../../native/common/report.h"
 #include "../backend.h"
 #include "problem.h"
 
@@ -256,47 +255,11 @@ Layout layout_of(const couplet_kmeans_params& p) {
   return layout;
 }
 
-couplet_status invalid(couplet_report* report, const char* expected, const char* name, long long received) {
-  return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %s for `%s` but received %lld", expected, name, received);
-}
-
-// Whether the last element that is read can be counted in 63 bits of bytes.
-bool addressable(int64_t outer_count, int64_t outer_stride, int64_t inner_count, int64_t inner_stride) {
-  int64_t outer, inner, last, bytes;
-  return outer_stride >= 0 && inner_stride >= 0 && !__builtin_mul_overflow(outer_count - 1, outer_stride, &outer) &&
-         !__builtin_mul_overflow(inner_count - 1, inner_stride, &inner) &&
-         !__builtin_add_overflow(outer, inner, &last) && !__builtin_add_overflow(last, int64_t{most_channels}, &last) &&
-         !__builtin_mul_overflow(last, int64_t{4}, &bytes);
-}
-
 couplet_status check(const couplet_kmeans_params* params, couplet_report* report) {
-  if (!params) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected parameters but received NULL");
-  couplet_kmeans_params const& p = *params;
-  if (!p.points) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected an array for `points` but received NULL");
-  if (!p.centroids)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected an array for `centroids` but received NULL");
-  if (p.problems < 1) return invalid(report, "1 or more", "problems", p.problems);
-  if (p.point_count < 1 || p.point_count > INT32_MAX - 4 * block_threads)
-    return invalid(report, "1 to 2^31 - 2049", "points", p.point_count);
-  if (p.channels < 1 || p.channels > most_channels) return invalid(report, "1 to 32", "channels", p.channels);
-  if (p.centroid_count < 1 || p.centroid_count > 4096)
-    return invalid(report, "1 to 4096", "centroids", p.centroid_count);
-  if (p.max_iterations < 0) return invalid(report, "0 or more", "iterations", p.max_iterations);
-  if (!(p.tolerance >= 0 && p.tolerance < 1))
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected at least 0 and less than 1 for `tolerance` but received %g", p.tolerance);
-  if (!addressable(p.problems, p.problem_stride, p.point_count, p.point_stride))
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected strides of 0 or more within memory for `points` but received %lld and %lld",
-                static_cast<long long>(p.problem_stride), static_cast<long long>(p.point_stride));
-  if (!p.weights) return COUPLET_OK;
-  if (p.weight_sharing < 1) return invalid(report, "1 or more", "weightSharing", p.weight_sharing);
-  if (!addressable((p.problems - 1) / p.weight_sharing + 1, p.weight_problem_stride, p.point_count,
-                   p.weight_point_stride))
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected strides of 0 or more within memory for `weights` but received %lld and %lld",
-                static_cast<long long>(p.weight_problem_stride), static_cast<long long>(p.weight_point_stride));
-  return COUPLET_OK;
+  if (couplet_status const status = check_kmeans_params(params, report)) return status;
+  if (params->point_count <= INT32_MAX - 4 * block_threads) return COUPLET_OK;
+  return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected 1 to %d for `points` but received %d",
+              INT32_MAX - 4 * block_threads, params->point_count);
 }
 
 size_t workspace_bytes(const couplet_kmeans_params* params) {

@@ -8,6 +8,7 @@
 
 #include <climits>
 
+#include "../../native/common/check.h"
 #include "../gpu.h"
 
 namespace couplet::cuda::kmeans {
@@ -17,7 +18,7 @@ inline constexpr int warp_lanes = 32;
 inline constexpr int block_warps = block_threads / warp_lanes;
 inline constexpr int candidates = 4;       // draws of a seeding step, of which the best becomes a centroid
 inline constexpr int stage_floats = 4096;  // of centroids in shared memory at a time
-inline constexpr int most_channels = 32;
+inline constexpr int most_channels = kmeans_most_channels;
 
 // What a problem keeps from one launch to the next.
 struct State {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "../../native/common/report.h"
+#include "../../native/common/check.h"
 #include "../backend.h"
 #include "../device/elements.h"
 #include "../device/not_finite.h"
@@ -39,25 +39,10 @@ __global__ void __launch_bounds__(threads) store(couplet_store_params const para
 }
 
 // ---- launcher ----------------------------------------------------------------------------------------------------------------
-couplet_status check(const couplet_store_params* params, couplet_report* report) {
-  if (!params) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected parameters but received NULL");
-  const couplet_store_params& p = *params;
-  if (p.dtype != COUPLET_FLOAT32 && p.dtype != COUPLET_FLOAT16 && p.dtype != COUPLET_BFLOAT16)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected float32, float16 or bfloat16 for `dtype` but received %d", p.dtype);
-  if (p.kv_heads < 1 || p.head_dim < 1 || p.head_dim > COUPLET_MAX_HEAD_DIM)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected kv heads and headDim 1 to %d but received %d and %d",
-                COUPLET_MAX_HEAD_DIM, p.kv_heads, p.head_dim);
-  if (p.run_count < 0 || p.most_tokens < 0 || (p.run_count > 0 && !p.runs))
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected runs but received %d of at most %d tokens", p.run_count,
-                p.most_tokens);
-  return COUPLET_OK;
-}
-
 size_t workspace_bytes(const couplet_store_params*) { return not_finite_bytes; }
 
 couplet_status run(const couplet_store_params* params, void* workspace, void* stream, couplet_report* report) {
-  if (couplet_status const status = check(params, report)) return status;
+  if (couplet_status const status = check_store_params(params, report)) return status;
   if (!workspace) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected workspace but received NULL");
   auto const handle = static_cast<cudaStream_t>(stream);
   auto* const not_finite = static_cast<NotFinite*>(workspace);
@@ -78,6 +63,6 @@ void describe(const couplet_store_params* params, char* text, size_t text_bytes)
 }  // namespace
 
 const couplet_store_entries store_entries = {
-    .check = check, .workspace = workspace_bytes, .run = run, .describe = describe};
+    .check = check_store_params, .workspace = workspace_bytes, .run = run, .describe = describe};
 
 }  // namespace couplet::cuda

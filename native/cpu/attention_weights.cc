@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <initializer_list>
 
-#include "../common/report.h"
+#include "../common/check.h"
 #include "attention_weights_task.h"
 #include "backend.h"
 #include "isa.h"
@@ -40,31 +40,21 @@ struct Plan {
   }
 };
 
-#define EXPECT(condition, ...) \
-  if (!(condition)) return fail(report, COUPLET_INVALID_ARGUMENT, {}, __VA_ARGS__)
-
 couplet_status check(const couplet_attention_weights_params* params, couplet_report* report) {
-  EXPECT(params, "Expected parameters but received NULL");
+  COUPLET_EXPECT(params, "Expected parameters but received NULL");
   couplet_attention_weights_params const& p = *params;
-  EXPECT(p.rows.tokens >= 0, "Expected 0 or more for `tokens` but received %d", p.rows.tokens);
-  EXPECT(p.rows.first_token == 0, "Expected a fresh sequence but received tokens from position %d on",
-         p.rows.first_token);
-  EXPECT(p.head_dim >= 1 && p.head_dim <= COUPLET_MAX_HEAD_DIM, "Expected 1 to %d for `headDim` but received %d",
-         COUPLET_MAX_HEAD_DIM, p.head_dim);
-  EXPECT(p.kv_heads >= 1, "Expected 1 or more for `kvHeads` but received %d", p.kv_heads);
-  EXPECT(p.query_heads >= 1 && p.query_heads % p.kv_heads == 0,
-         "Expected a multiple of kvHeads %d for `queryHeads` but received %d", p.kv_heads, p.query_heads);
-  EXPECT(p.query_heads <= 65536, "Expected at most 65536 for `queryHeads` but received %d", p.query_heads);
-  EXPECT(p.local_window >= 0, "Expected 0 or more for `localWindow` but received %d", p.local_window);
-  EXPECT(std::isfinite(p.scale), "Expected a finite number for `scale` but received %g", static_cast<double>(p.scale));
-  EXPECT(std::isfinite(p.softcap) && p.softcap >= 0,
-         "Expected a finite number of 0 or more for `softcap` but received %g", static_cast<double>(p.softcap));
+  COUPLET_EXPECT(p.rows.tokens >= 0, "Expected 0 or more for `tokens` but received %d", p.rows.tokens);
+  COUPLET_EXPECT(p.rows.first_token == 0, "Expected a fresh sequence but received tokens from position %d on",
+                 p.rows.first_token);
+  COUPLET_EXPECT(p.head_dim >= 1 && p.head_dim <= COUPLET_MAX_HEAD_DIM,
+                 "Expected 1 to %d for `headDim` but received %d", COUPLET_MAX_HEAD_DIM, p.head_dim);
+  if (couplet_status const status = check_heads(p, report)) return status;
   if (p.rows.tokens == 0) return COUPLET_OK;
-  EXPECT(p.queries, "Expected an array for `queries` but received NULL");
-  EXPECT(p.rows.keys, "Expected an array for `keys` but received NULL");
-  EXPECT(p.rows.values, "Expected an array for `values` but received NULL");
-  EXPECT(p.key_weights, "Expected an array for `keyWeights` but received NULL");
-  EXPECT(p.value_weights, "Expected an array for `valueWeights` but received NULL");
+  COUPLET_EXPECT(p.queries, "Expected an array for `queries` but received NULL");
+  COUPLET_EXPECT(p.rows.keys, "Expected an array for `keys` but received NULL");
+  COUPLET_EXPECT(p.rows.values, "Expected an array for `values` but received NULL");
+  COUPLET_EXPECT(p.key_weights, "Expected an array for `keyWeights` but received NULL");
+  COUPLET_EXPECT(p.value_weights, "Expected an array for `valueWeights` but received NULL");
   return p.rotary ? check_rotary(*p.rotary, p.head_dim, p.rows.tokens - 1, report) : COUPLET_OK;
 }
 
@@ -120,7 +110,7 @@ couplet_status run(const couplet_attention_weights_params* params, void* workspa
   couplet_attention_weights_params const& p = *params;
   int64_t const tokens = p.rows.tokens;
   if (tokens == 0) return COUPLET_OK;
-  EXPECT(workspace, "Expected workspace but received NULL");
+  COUPLET_EXPECT(workspace, "Expected workspace but received NULL");
   if (couplet_status const status = check_numbers(p, report); status != COUPLET_OK) return status;
   Plan const plan(p);
   double* const sums = static_cast<double*>(workspace);

@@ -6,8 +6,8 @@
 #include <cstdio>
 #include <mutex>
 
+#include "../common/check.h"
 #include "../common/control.h"
-#include "../common/report.h"
 #include "backend.h"
 #include "kmeans_problem.h"
 #include "pool.h"
@@ -30,8 +30,6 @@ const KmeansBody& kmeans_body([[maybe_unused]] Isa isa) {
 
 namespace {
 
-constexpr int32_t most_channels = 32;
-constexpr int32_t most_centroids = 4096;
 constexpr size_t most_bytes_side_by_side = size_t{1} << 30;
 // Below this many (point, centroid, channel) triples, about 0.1 ms of work, threads cost more than they help.
 constexpr int64_t least_shared_work = int64_t{1} << 23;
@@ -95,48 +93,6 @@ class Progress {
   int64_t done_ = 0;
 };
 
-couplet_status invalid(couplet_report* report, const char* expected, const char* name, long long received) {
-  return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %s for `%s` but received %lld", expected, name, received);
-}
-
-// Whether the last element that is read can be counted in 63 bits of bytes.
-bool addressable(int64_t outer_count, int64_t outer_stride, int64_t inner_count, int64_t inner_stride) {
-  int64_t outer, inner, last, bytes;
-  return outer_stride >= 0 && inner_stride >= 0 && !__builtin_mul_overflow(outer_count - 1, outer_stride, &outer) &&
-         !__builtin_mul_overflow(inner_count - 1, inner_stride, &inner) &&
-         !__builtin_add_overflow(outer, inner, &last) && !__builtin_add_overflow(last, most_channels, &last) &&
-         !__builtin_mul_overflow(last, int64_t{sizeof(float)}, &bytes);
-}
-
-couplet_status check(const couplet_kmeans_params* params, couplet_report* report) {
-  if (!params) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected parameters but received NULL");
-  couplet_kmeans_params const& p = *params;
-  if (!p.points) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected an array for `points` but received NULL");
-  if (!p.centroids)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected an array for `centroids` but received NULL");
-  if (p.problems < 1) return invalid(report, "1 or more", "problems", p.problems);
-  if (p.point_count < 1) return invalid(report, "1 or more", "points", p.point_count);
-  if (p.channels < 1 || p.channels > most_channels) return invalid(report, "1 to 32", "channels", p.channels);
-  if (p.centroid_count < 1 || p.centroid_count > most_centroids)
-    return invalid(report, "1 to 4096", "centroids", p.centroid_count);
-  if (p.max_iterations < 0) return invalid(report, "0 or more", "iterations", p.max_iterations);
-  if (!(p.tolerance >= 0 && p.tolerance < 1))
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected at least 0 and less than 1 for `tolerance` but received %g", p.tolerance);
-  if (!addressable(p.problems, p.problem_stride, p.point_count, p.point_stride))
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected strides of 0 or more within memory for `points` but received %lld and %lld",
-                static_cast<long long>(p.problem_stride), static_cast<long long>(p.point_stride));
-  if (!p.weights) return COUPLET_OK;
-  if (p.weight_sharing < 1) return invalid(report, "1 or more", "weightSharing", p.weight_sharing);
-  if (!addressable((p.problems - 1) / p.weight_sharing + 1, p.weight_problem_stride, p.point_count,
-                   p.weight_point_stride))
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected strides of 0 or more within memory for `weights` but received %lld and %lld",
-                static_cast<long long>(p.weight_problem_stride), static_cast<long long>(p.weight_point_stride));
-  return COUPLET_OK;
-}
-
 // The first number that is not allowed among points [first, end) of a problem; COUPLET_OK when there is none.
 couplet_status check_numbers(const couplet_kmeans_params& params, int32_t problem, int64_t first, int64_t end,
                              couplet_report* report) {
@@ -199,7 +155,7 @@ void learn(const couplet_kmeans_params& params, const KmeansShape& shape, int32_
 }
 
 couplet_status run(const couplet_kmeans_params* params, void* workspace, void*, couplet_report* report) {
-  if (couplet_status const status = check(params, report); status != COUPLET_OK) return status;
+  if (couplet_status const status = check_kmeans_params(params, report); status != COUPLET_OK) return status;
   if (!workspace) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected workspace but received NULL");
   Plan const plan(*params);
   if (couplet_status const status = check_all_numbers(*params, plan.threads, report); status != COUPLET_OK)
@@ -225,6 +181,6 @@ void describe(const couplet_kmeans_params*, char* text, size_t text_bytes) {
 }  // namespace
 
 const couplet_kmeans_entries kmeans_entries = {
-    .check = check, .workspace = workspace_bytes, .run = run, .describe = describe};
+    .check = check_kmeans_params, .workspace = workspace_bytes, .run = run, .describe = describe};
 
 }  // namespace couplet::cpu

@@ -7,7 +7,7 @@
 #include <new>
 #include <vector>
 
-#include "../common/report.h"
+#include "../common/check.h"
 #include "../common/rotary_frequency.h"
 #include "backend.h"
 
@@ -152,47 +152,8 @@ void destroy(couplet_rotary* rotary) {
   delete rotary;
 }
 
-couplet_status check_tables(const couplet_rotary_params& params, couplet_report* report) {
-  int32_t const columns = params.rotary_dim / 2;
-  for (int64_t at = 0; at < int64_t{params.positions} * columns; ++at)
-    if (!std::isfinite(params.cos[at]) || !std::isfinite(params.sin[at])) {
-      int64_t const position = at / columns;
-      int32_t const pair = static_cast<int32_t>(at % columns);
-      return fail(report, COUPLET_NOT_FINITE, {.token = position, .channel = pair},
-                  "Expected finite numbers for the rotary tables but received cos %g, sin %g at position %lld, pair %d",
-                  static_cast<double>(params.cos[at]), static_cast<double>(params.sin[at]),
-                  static_cast<long long>(position), pair);
-    }
-  return COUPLET_OK;
-}
-
-couplet_status check(const couplet_rotary_params* params, couplet_report* report) {
-  if (!params) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected parameters but received NULL");
-  if (params->kind != COUPLET_ROTARY_HALF && params->kind != COUPLET_ROTARY_INTERLEAVED)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected half or interleaved for the rotary `kind` but received %d", params->kind);
-  if (params->head_dim < COUPLET_MIN_HEAD_DIM || params->head_dim > COUPLET_MAX_HEAD_DIM)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %d to %d for `headDim` but received %d",
-                COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM, params->head_dim);
-  if (params->rotary_dim < 2 || params->rotary_dim > params->head_dim || params->rotary_dim % 2)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected an even number from 2 to headDim %d for the rotary `dim` but received %d", params->head_dim,
-                params->rotary_dim);
-  if (params->positions < 1)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected 1 or more for the rotary `positions` but received %d",
-                params->positions);
-  if (!params->cos != !params->sin)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected both rotary tables, `cos` and `sin`, or none but received one");
-  if (params->cos) return check_tables(*params, report);
-  if (!std::isfinite(params->theta) || params->theta <= 0)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected a positive number for the rotary `theta` but received %g", params->theta);
-  return COUPLET_OK;
-}
-
 couplet_status create(const couplet_rotary_params* params, couplet_rotary** out, couplet_report* report) {
-  if (couplet_status const status = check(params, report)) return status;
+  if (couplet_status const status = check_rotary_params(params, report)) return status;
   if (!out) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected a place for `rotary` but received NULL");
   *out = nullptr;
   int32_t const entries = params->kind == COUPLET_ROTARY_HALF ? params->rotary_dim / 2 : params->rotary_dim;

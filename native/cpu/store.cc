@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../common/report.h"
+#include "../common/check.h"
 #include "backend.h"
 #include "half.h"
 
@@ -40,16 +40,8 @@ bool is_finite(const float* row, int32_t channels) {  // without a branch for ea
 }
 
 couplet_status check(const couplet_store_params* params, couplet_report* report) {
-  if (!params) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected parameters but received NULL");
+  if (couplet_status const status = check_store_params(params, report)) return status;
   const couplet_store_params& p = *params;
-  if (p.dtype != COUPLET_FLOAT32 && p.dtype != COUPLET_FLOAT16 && p.dtype != COUPLET_BFLOAT16)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected float32, float16 or bfloat16 for `dtype` but received %d", p.dtype);
-  if (p.kv_heads < 1 || p.head_dim < 1 || p.head_dim > COUPLET_MAX_HEAD_DIM)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected kv heads and headDim 1 to %d but received %d and %d",
-                COUPLET_MAX_HEAD_DIM, p.kv_heads, p.head_dim);
-  if (p.run_count < 0 || (p.run_count > 0 && !p.runs))
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected runs but received %d of them", p.run_count);
   for (int32_t index = 0; index < p.run_count; ++index) {
     const couplet_store_run& run = p.runs[index];
     if (run.tokens < 0 || (run.tokens > 0 && (!run.rows || !run.stored)))

@@ -1,11 +1,10 @@
 #include "table.h"
 
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
-#include "../common/report.h"
+#include "../common/check.h"
 #include "backend.h"
 
 namespace couplet::cpu {
@@ -28,39 +27,6 @@ void destroy(couplet_table* table) {
   delete table;
 }
 
-couplet_status check(const couplet_table_params* params, couplet_report* report) {
-  if (!params) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected parameters but received NULL");
-  if (!params->centroids)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected an array for `centroids` but received NULL");
-  if (params->head_dim < COUPLET_MIN_HEAD_DIM || params->head_dim > COUPLET_MAX_HEAD_DIM)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %d to %d for `headDim` but received %d",
-                COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM, params->head_dim);
-  if (params->kv_heads < 1)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected 1 or more for `kvHeads` but received %d",
-                params->kv_heads);
-  if (!couplet_codec_valid(params->codec, params->head_dim))
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected groups that divide headDim %d and codes of 1 to %d bits for `codec` but received %dc%db",
-                params->head_dim, COUPLET_MAX_CODE_BITS, params->codec.group_channels, params->codec.code_bits);
-  return COUPLET_OK;
-}
-
-// The first centroid that is not finite, in memory order.
-couplet_status check_finite(const couplet_table* table, couplet_report* report) {
-  int64_t const count = int64_t{table->kv_heads} * table->groups * group_stride(*table);
-  int64_t at = 0;
-  while (at < count && std::isfinite(table->rows[at])) ++at;
-  if (at == count) return COUPLET_OK;
-  int32_t const channel = static_cast<int32_t>(at % table->codec.group_channels);
-  int64_t const centroid = at / table->codec.group_channels % table->centroids;
-  int32_t const group = static_cast<int32_t>(at / group_stride(*table) % table->groups);
-  int32_t const kv_head = static_cast<int32_t>(at / group_stride(*table) / table->groups);
-  return fail(
-      report, COUPLET_NOT_FINITE, {.kv_head = kv_head, .channel = group * table->codec.group_channels + channel},
-      "Expected finite numbers for `centroids` but received %f in kv head %d, group %d, centroid %d, channel %d",
-      static_cast<double>(table->rows[at]), kv_head, group, static_cast<int>(centroid), channel);
-}
-
 void fill_columns(couplet_table* table) {
   int32_t const channels = table->codec.group_channels;
   for (int32_t kv_head = 0; kv_head < table->kv_heads; ++kv_head)
@@ -74,7 +40,7 @@ void fill_columns(couplet_table* table) {
 }
 
 couplet_status create(const couplet_table_params* params, couplet_table** out, couplet_report* report) {
-  if (couplet_status const status = check(params, report)) return status;
+  if (couplet_status const status = check_table_params(params, report)) return status;
   if (!out) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected a place for `table` but received NULL");
   *out = nullptr;
 
@@ -100,11 +66,11 @@ couplet_status create(const couplet_table_params* params, couplet_table** out, c
                 static_cast<long long>(count));
   }
 
-  std::memcpy(table->rows, params->centroids, static_cast<size_t>(count) * sizeof(float));
-  if (couplet_status const status = check_finite(table, report)) {
+  if (couplet_status const status = check_centroids(*params, report)) {
     destroy(table);
     return status;
   }
+  std::memcpy(table->rows, params->centroids, static_cast<size_t>(count) * sizeof(float));
   if (with_columns) fill_columns(table);
   *out = table;
   return COUPLET_OK;
@@ -116,14 +82,7 @@ size_t bytes(const couplet_table* table) { return table ? table->bytes : 0; }
 
 couplet_status check_table(const couplet_table* table, const char* name, couplet_codec codec, int32_t kv_heads,
                            int32_t head_dim, couplet_report* report) {
-  if (!table) return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected a table for `%s` but received NULL", name);
-  if (table->codec.group_channels != codec.group_channels || table->codec.code_bits != codec.code_bits ||
-      table->kv_heads != kv_heads || table->head_dim != head_dim)
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected a table of codec %dc%db, %d kv heads and headDim %d for `%s` but received %dc%db, %d and %d",
-                codec.group_channels, codec.code_bits, kv_heads, head_dim, name, table->codec.group_channels,
-                table->codec.code_bits, table->kv_heads, table->head_dim);
-  return COUPLET_OK;
+  return check_table_shape(table, name, codec, kv_heads, head_dim, report);
 }
 
 const couplet_table_entries table_entries = {.create = create, .destroy = destroy, .bytes = bytes};

@@ -265,14 +265,13 @@ void test_refusals(Random& random) {
   fill(rows, shape, random, 1);
   Pages const pages(shape, random);
   auto const good = params_of<couplet_encode_params>(shape, table.get(), rows, pages, 1);
-  auto const refused = [&](const char* what, auto change) {
+  auto const refused = [&](const char* what, auto change, couplet_status status = COUPLET_INVALID_ARGUMENT) {
     couplet_encode_params params = good;
     change(params);
     couplet_report report{};
-    CHECK(couplet::cpu::encode_entries.check(&params, &report) == COUPLET_INVALID_ARGUMENT, "%s", what);
-    CHECK(report.status == COUPLET_INVALID_ARGUMENT && std::strlen(report.detail) > 10, "%s: %s", what, report.detail);
-    CHECK(couplet::cpu::encode_entries.run(&params, nullptr, nullptr, nullptr) == COUPLET_INVALID_ARGUMENT, "%s, run",
-          what);
+    CHECK(couplet::cpu::encode_entries.check(&params, &report) == status, "%s", what);
+    CHECK(report.status == status && std::strlen(report.detail) > 10, "%s: %s", what, report.detail);
+    CHECK(couplet::cpu::encode_entries.run(&params, nullptr, nullptr, nullptr) == status, "%s, run", what);
     char text[64] = "x";
     couplet::cpu::encode_entries.describe(&params, text, sizeof text);
     CHECK(text[0] == 0, "%s: described as %s", what, text);
@@ -286,7 +285,9 @@ void test_refusals(Random& random) {
   refused("huge headDim", [](auto& p) { p.head_dim = 1 << 30; });
   refused("codec", [](auto& p) { p.codec.code_bits = 7; });
   refused("no codec", [](auto& p) { p.codec = {0, 0}; });
-  refused("bfloat16", [](auto& p) { p.dtype = COUPLET_BFLOAT16; });
+  refused("dtype", [](auto& p) { p.dtype = 3; });
+  refused(
+      "bfloat16", [](auto& p) { p.dtype = COUPLET_BFLOAT16; }, COUPLET_UNSUPPORTED);
   refused("page tokens", [](auto& p) { p.page_tokens = 12; });
   refused("no page tokens", [](auto& p) { p.page_tokens = 0; });
   refused("tokens", [](auto& p) { p.tokens = -1; });

@@ -18,6 +18,15 @@ void* allocate(size_t bytes) {
 
 void release(void* memory, size_t) { cudaFree(memory); }
 
+void* allocate_staging(size_t bytes) {
+  void* memory = nullptr;
+  if (cudaMallocHost(&memory, bytes) == cudaSuccess) return memory;
+  cudaGetLastError();
+  return nullptr;
+}
+
+void release_staging(void* memory, size_t) { cudaFreeHost(memory); }
+
 bool is_on_device(const void* memory) {
   cudaPointerAttributes attributes{};
   bool const known = cudaPointerGetAttributes(&attributes, memory) == cudaSuccess;
@@ -30,6 +39,11 @@ couplet_status copy(void* to, const void* from, size_t bytes, void* stream, coup
   cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, handle);
   if (error == cudaSuccess && !(is_on_device(to) && is_on_device(from))) error = cudaStreamSynchronize(handle);
   return status_of(error, report, "copying memory");
+}
+
+couplet_status upload(void* to, const void* from, size_t bytes, void* stream, couplet_report* report) {
+  auto const handle = static_cast<cudaStream_t>(stream);
+  return status_of(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, handle), report, "copying to the device");
 }
 
 couplet_status synchronize(void* stream, couplet_report* report) {
@@ -71,8 +85,14 @@ extern "C" __attribute__((visibility("default"))) const couplet_backend* couplet
 #endif
       .variant = variant,
       .device = device_entries,
-      .memory =
-          {.is_host = 0, .allocate = allocate, .release = cuda::release, .copy = copy, .synchronize = synchronize},
+      .memory = {.is_host = 0,
+                 .allocate = allocate,
+                 .release = cuda::release,
+                 .allocate_staging = allocate_staging,
+                 .release_staging = release_staging,
+                 .copy = copy,
+                 .upload = upload,
+                 .synchronize = synchronize},
       .table = table_entries,
       .rotary = rotary_entries,
       .kmeans = kmeans_entries,

@@ -18,6 +18,17 @@ struct Octets {
   int32_t first_slot;     // of the first token in its octet, 0 to 7
   int32_t tokens;
 
+  // Tokens [first_token, first_token + token_count) of a page table; the other members are known. A division of 64 bits would be a
+  // call, and spill: first_token is below 2^35.
+  __host__ __device__ void hold(uint8_t* const* page_table, int64_t first_token, int32_t token_count) {
+    uint32_t const octet = static_cast<uint32_t>(first_token / 8);
+    pages = page_table + octet / page_octets;
+    first = octet % page_octets;
+    first_slot = static_cast<int32_t>(first_token % 8);
+    count = static_cast<uint32_t>((first_slot + int64_t{token_count} + 7) / 8);
+    tokens = token_count;
+  }
+
   // Of the octet's first slot, counted from the first token of the call: negative before it.
   __device__ int32_t token(uint32_t octet) const { return static_cast<int32_t>(8 * octet) - first_slot; }
 

@@ -13,19 +13,13 @@ inline constexpr int64_t most_blocks = INT32_MAX;  // of a launch, in x
 // Params is couplet_encode_params or couplet_decode_params; check_pages has found it sound, and tokens is positive.
 template <class Params>
 Octets octets_of(const Params& p) {
-  int64_t const first_page = p.first_token / p.page_tokens;
-  int32_t const slot = static_cast<int32_t>(p.first_token - first_page * p.page_tokens);
-  return {
-      .pages = const_cast<uint8_t* const*>(p.pages) + first_page,
-      .page_offset = p.page_offset,
-      .page_stride = p.page_stride,
-      .row_bytes = static_cast<int32_t>(couplet_row_bytes(p.codec, p.page_tokens)),
-      .page_octets = static_cast<uint32_t>(p.page_tokens / 8),
-      .first = static_cast<uint32_t>(slot / 8),
-      .count = static_cast<uint32_t>((slot % 8 + int64_t{p.tokens} + 7) / 8),
-      .first_slot = slot % 8,
-      .tokens = p.tokens,
-  };
+  Octets octets{};
+  octets.page_offset = p.page_offset;
+  octets.page_stride = p.page_stride;
+  octets.row_bytes = static_cast<int32_t>(couplet_row_bytes(p.codec, p.page_tokens));
+  octets.page_octets = static_cast<uint32_t>(p.page_tokens / 8);
+  octets.hold(const_cast<uint8_t* const*>(p.pages), p.first_token, p.tokens);
+  return octets;
 }
 
 // Whether the 16 bytes at each 16th byte of each row are aligned.
@@ -35,10 +29,14 @@ bool rows_are_aligned(const Params& p, int bytes) {
          p.head_stride * bytes % 16 == 0 && p.head_dim * bytes % 16 == 0;
 }
 
-// Pointers are the device's: that they are there is all that is known of them here, the page table's entries too.
+// Pointers are the device's: that they are there is all that is known of them here, the page table's entries too. Of runs, which lie
+// in its memory, nothing is.
 template <class Params>
-couplet_status check_pages(const Params* params, couplet_report* report) {
-  if (couplet_status const status = check_codes_params(params, report)) return status;
+couplet_status check_pages(const Params* params, couplet_report* report, bool in_runs = false) {
+  if (couplet_status const status = check_codes_params(params, report, in_runs)) return status;
+  if (!in_runs && params->first_token >= int64_t{1} << 35)  // see Octets::hold
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected less than 2^35 for `firstToken` but received %lld",
+                static_cast<long long>(params->first_token));
   return check_table(params->table, "table", params->codec, params->kv_heads, params->head_dim, report);
 }
 

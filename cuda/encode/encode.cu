@@ -21,16 +21,24 @@ constexpr int warp_lanes = 32;
 constexpr int lane_tokens = 4;
 constexpr int block_octets = block_threads * lane_tokens / 8;
 constexpr int stage_floats = 4096;         // of centroids in shared memory at a time: 512 of 8 channels
+constexpr int32_t most_runs = 65535;       // gridDim.y
 constexpr int32_t least_tile_tokens = 96;  // fewer leave most lanes of `tokens` without work
 
-struct Call {
+// Tokens that follow each other, and where their codes go.
+struct Run {
   const void* rows;
-  const float* table;  // float32 [kv_heads][groups][centroids][group_channels]
-  NotFinite* not_finite;
-  Octets octets;
   int64_t token_stride;  // elements
   int64_t head_stride;   // elements
-  uint32_t row_units;    // units of work of one kv head and group: octets, or tiles of them
+  int64_t tokens_before;
+  Octets octets;
+};
+
+struct Call {
+  Run run;                         // the only one
+  const couplet_encode_run* runs;  // device, one for each block along y; NULL: `run`
+  const float* table;              // float32 [kv_heads][groups][centroids][group_channels]
+  NotFinite* not_finite;
+  uint32_t row_units;  // units of work of one kv head and group: octets, or tiles of them
   int32_t dtype;
   int32_t kv_heads;
   int32_t head_dim;
@@ -39,12 +47,29 @@ struct Call {
   int32_t code_bits;
 };
 
+// The run of this block, into shared memory: 14 registers fewer while centroids pass by.
+__device__ __forceinline__ void take_run(const Call& call, Run& run) {
+  if (threadIdx.x == 0) {
+    run = call.run;
+    if (call.runs) {
+      const couplet_encode_run& given = call.runs[blockIdx.y];
+      run.rows = given.rows;
+      run.token_stride = given.token_stride;
+      run.head_stride = given.head_stride;
+      run.tokens_before = given.tokens_before;
+      run.octets.hold(given.pages, given.first_token, given.tokens);
+    }
+  }
+  __syncthreads();
+}
+
 __device__ __forceinline__ const float* table_rows(const Call& call, int32_t kv_head, int32_t group) {
   return call.table + ((int64_t{kv_head} * call.groups + group) * call.group_channels << call.code_bits);
 }
 
-__device__ __forceinline__ Point point_of(const Call& call, int32_t token, int32_t kv_head, int32_t group) {
-  return {call.rows, token * call.token_stride + kv_head * call.head_stride + int64_t{group} * call.group_channels,
+__device__ __forceinline__ Point point_of(const Call& call, const Run& run, int32_t token, int32_t kv_head,
+                                          int32_t group) {
+  return {run.rows, token * run.token_stride + kv_head * run.head_stride + int64_t{group} * call.group_channels,
           call.dtype};
 }
 
@@ -63,10 +88,16 @@ __device__ __forceinline__ void stage_centroids(float* to, const float* from, in
   __syncthreads();
 }
 
+// Of a multiprocessor: as many as leave registers enough that nothing is spilled.
 template <int Channels>
-__global__ void __launch_bounds__(block_threads) encode_tokens(Call call) {
+inline constexpr int resident_blocks = Channels > 8 ? 4 : (Channels > 4 ? 7 : 8);
+
+template <int Channels>
+__global__ void __launch_bounds__(block_threads, resident_blocks<Channels>) encode_tokens(Call const call) {
+  GPU_SHARED(run, Run);
   GPU_SHARED(centroid_stage, uint4[stage_floats / 4]);
   float* const stage = reinterpret_cast<float*>(centroid_stage);
+  take_run(call, run);
   int32_t const row = static_cast<int32_t>(blockIdx.x / call.row_units);
   int32_t const kv_head = row / call.groups;
   int32_t const group = row % call.groups;
@@ -74,20 +105,20 @@ __global__ void __launch_bounds__(block_threads) encode_tokens(Call call) {
   const float* const table = table_rows(call, kv_head, group);
   // Neighbouring lanes share an octet: the even one has its first half, and writes it.
   uint32_t const octet = blockIdx.x % call.row_units * block_octets + threadIdx.x / 2;
-  int32_t const octet_token = call.octets.token(octet);
+  int32_t const octet_token = run.octets.token(octet);
   int32_t const first_token = octet_token + static_cast<int32_t>(threadIdx.x % 2) * lane_tokens;
 
   float values[lane_tokens][Channels];
 #pragma unroll
   for (int t = 0; t < lane_tokens; ++t) {
     int32_t const token = first_token + t;
-    bool const inside = octet < call.octets.count && token >= 0 && token < call.octets.tokens;
-    Point const point = point_of(call, token, kv_head, group);
+    bool const inside = octet < run.octets.count && token >= 0 && token < run.octets.tokens;
+    Point const point = point_of(call, run, token, kv_head, group);
 #pragma unroll
     for (int c = 0; c < Channels; ++c) {
       values[t][c] = inside ? point[c] : 0.0f;
       if (!is_finite(values[t][c]))
-        note_not_finite(call.not_finite, token, kv_head, group * Channels + c, call.kv_heads);
+        note_not_finite(call.not_finite, run.tokens_before + token, kv_head, group * Channels + c, call.kv_heads);
     }
   }
 
@@ -140,7 +171,7 @@ __global__ void __launch_bounds__(block_threads) encode_tokens(Call call) {
 #pragma unroll
   for (int t = 0; t < lane_tokens; ++t) {
     int32_t const token = first_token + t;
-    if (octet >= call.octets.count || token < 0 || token >= call.octets.tokens) continue;
+    if (octet >= run.octets.count || token < 0 || token >= run.octets.tokens) continue;
     quad |= static_cast<uint64_t>(code[t]) << (t * call.code_bits);
     doubtful |= is_trusted(best[t]) ? 0 : 1u << t;
   }
@@ -149,18 +180,20 @@ __global__ void __launch_bounds__(block_threads) encode_tokens(Call call) {
     int32_t const shift = t * call.code_bits;
     int32_t const found = static_cast<int32_t>(quad >> shift) & (centroids - 1);
     int32_t const nearest =
-        nearest_in_double(point_of(call, first_token + t, kv_head, group), table, Channels, centroids, found);
+        nearest_in_double(point_of(call, run, first_token + t, kv_head, group), table, Channels, centroids, found);
     quad ^= static_cast<uint64_t>(found ^ nearest) << shift;
   }
   uint64_t const other = __shfl_xor_sync(~0u, static_cast<unsigned long long>(quad), 1);
-  if (threadIdx.x % 2 == 0 && octet < call.octets.count)
-    store_octet(call.octets.address(octet, kv_head, group, call.code_bits), call.code_bits, {{quad, other}},
-                max(0, -octet_token), min(8, call.octets.tokens - octet_token));
+  if (threadIdx.x % 2 == 0 && octet < run.octets.count)
+    store_octet(run.octets.address(octet, kv_head, group, call.code_bits), call.code_bits, {{quad, other}},
+                max(0, -octet_token), min(8, run.octets.tokens - octet_token));
   report_not_finite(call.not_finite, call.kv_heads);
 }
 
-__global__ void __launch_bounds__(block_threads) encode_centroids(Call call) {
+__global__ void __launch_bounds__(block_threads) encode_centroids(Call const call) {
+  GPU_SHARED(run, Run);
   GPU_SHARED(points, float[block_threads / warp_lanes][COUPLET_MAX_HEAD_DIM]);
+  take_run(call, run);
   int32_t const lane = gpu::lane_id();
   float* const values = points[threadIdx.x / warp_lanes];
   uint32_t const unit = blockIdx.x * (block_threads / warp_lanes) + threadIdx.x / warp_lanes;
@@ -172,17 +205,18 @@ __global__ void __launch_bounds__(block_threads) encode_centroids(Call call) {
     int32_t const centroids = 1 << call.code_bits;
     const float* const table = table_rows(call, kv_head, group);
     uint32_t const octet = unit % call.row_units;
-    int32_t const octet_token = call.octets.token(octet);
+    int32_t const octet_token = run.octets.token(octet);
     int32_t const first = max(0, -octet_token);
-    int32_t const end = min(8, call.octets.tokens - octet_token);
+    int32_t const end = min(8, run.octets.tokens - octet_token);
     Octet codes{};
     for (int32_t slot = first; slot < end; ++slot) {
-      Point const point = point_of(call, octet_token + slot, kv_head, group);
+      Point const point = point_of(call, run, octet_token + slot, kv_head, group);
       __syncwarp();  // all lanes have read the token before
       for (int32_t c = lane; c < channels; c += warp_lanes) {
         values[c] = point[c];
         if (!is_finite(values[c]))
-          note_not_finite(call.not_finite, octet_token + slot, kv_head, group * channels + c, call.kv_heads);
+          note_not_finite(call.not_finite, run.tokens_before + octet_token + slot, kv_head, group * channels + c,
+                          call.kv_heads);
       }
       __syncwarp();
       float best = __uint_as_float(0x7f800000u);
@@ -209,8 +243,8 @@ __global__ void __launch_bounds__(block_threads) encode_centroids(Call call) {
       codes.quads[0] |= slot < 4 ? static_cast<uint64_t>(found) << (slot * call.code_bits) : 0;
       codes.quads[1] |= slot < 4 ? 0 : static_cast<uint64_t>(found) << ((slot - 4) * call.code_bits);
     }
-    if (lane == 0)
-      store_octet(call.octets.address(octet, kv_head, group, call.code_bits), call.code_bits, codes, first, end);
+    if (lane == 0 && first < end)  // or the octet is behind a run that is shorter than others
+      store_octet(run.octets.address(octet, kv_head, group, call.code_bits), call.code_bits, codes, first, end);
   }
   report_not_finite(call.not_finite, call.kv_heads);
 }
@@ -240,21 +274,23 @@ struct Grid {
   int64_t blocks;
 };
 
-Grid grid_of(const couplet_encode_params& p, const Selection& selection, const Octets& octets) {
+Grid grid_of(const couplet_encode_params& p, const Selection& selection) {
+  uint32_t const octets = p.runs ? static_cast<uint32_t>((int64_t{p.tokens} + 14) / 8) : octets_of(p).count;
   int64_t const rows = int64_t{p.kv_heads} * couplet_codec_groups(p.codec, p.head_dim);
   if (selection.block_octets == 0) {
     constexpr int64_t block_warps = block_threads / warp_lanes;
-    return {octets.count, (octets.count * rows + block_warps - 1) / block_warps};
+    return {octets, (octets * rows + block_warps - 1) / block_warps};
   }
-  int64_t const tiles = (int64_t{octets.count} + selection.block_octets - 1) / selection.block_octets;
+  int64_t const tiles = (int64_t{octets} + selection.block_octets - 1) / selection.block_octets;
   return {tiles, tiles * rows};
 }
 
 couplet_status check(const couplet_encode_params* params, couplet_report* report) {
-  if (couplet_status const status = check_pages(params, report)) return status;
+  if (couplet_status const status = check_pages(params, report, params && params->runs)) return status;
   couplet_encode_params const& p = *params;
-  if (p.tokens == 0 || grid_of(p, select(p), octets_of(p)).blocks <= most_blocks / (block_threads / warp_lanes))
-    return COUPLET_OK;
+  if (p.runs && (p.run_count < 0 || p.run_count > most_runs))
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected 0 to %d runs but received %d", most_runs, p.run_count);
+  if (p.tokens == 0 || grid_of(p, select(p)).blocks <= most_blocks / (block_threads / warp_lanes)) return COUPLET_OK;
   return fail(report, COUPLET_INVALID_ARGUMENT, {},
               "Expected fewer than %d tokens for %d kv heads of %d groups in one call", p.tokens, p.kv_heads,
               couplet_codec_groups(p.codec, p.head_dim));
@@ -271,18 +307,19 @@ couplet_status run(const couplet_encode_params* params, void* workspace, void* s
   if (couplet_status const status =
           status_of(cudaMemsetAsync(not_finite, 0, sizeof(NotFinite), handle), report, "encode"))
     return status;
-  if (p.tokens == 0) return COUPLET_OK;
+  if (p.tokens == 0 || (p.runs && p.run_count == 0)) return COUPLET_OK;
 
   Selection const selection = select(p);
-  Octets const octets = octets_of(p);
-  Grid const grid = grid_of(p, selection, octets);
+  Grid const grid = grid_of(p, selection);
   Call const call = {
-      .rows = p.rows,
+      .run = {.rows = p.rows,
+              .token_stride = p.token_stride,
+              .head_stride = p.head_stride,
+              .tokens_before = 0,
+              .octets = octets_of(p)},
+      .runs = p.runs,
       .table = table_of(p.table)->rows,
       .not_finite = not_finite,
-      .octets = octets,
-      .token_stride = p.token_stride,
-      .head_stride = p.head_stride,
       .row_units = static_cast<uint32_t>(grid.row_units),
       .dtype = p.dtype,
       .kv_heads = p.kv_heads,
@@ -291,8 +328,8 @@ couplet_status run(const couplet_encode_params* params, void* workspace, void* s
       .group_channels = p.codec.group_channels,
       .code_bits = p.codec.code_bits,
   };
-  return status_of(gpu::launch(selection.kernel, static_cast<unsigned>(grid.blocks), block_threads, 0, handle, call),
-                   report, "encode");
+  dim3 const blocks(static_cast<unsigned>(grid.blocks), p.runs ? static_cast<unsigned>(p.run_count) : 1);
+  return status_of(gpu::launch(selection.kernel, blocks, block_threads, 0, handle, call), report, "encode");
 }
 
 void describe(const couplet_encode_params* params, char* text, size_t text_bytes) {

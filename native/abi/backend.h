@@ -66,9 +66,13 @@ typedef struct couplet_memory_entries {
   int32_t is_host;                 /* whether the host may follow pointers into it */
   void* (*allocate)(size_t bytes); /* 64-byte aligned, not cleared; NULL when there is none */
   void (*release)(void* memory, size_t bytes);
+  void* (*allocate_staging)(size_t bytes); /* host memory that `upload` reads from; NULL when there is none */
+  void (*release_staging)(void* memory, size_t bytes);
   /* After all work of `stream` so far. Between two places of the device it is only enqueued; where the host is one side, it is
      done on return. */
   couplet_status (*copy)(void* to, const void* from, size_t bytes, void* stream, couplet_report* report);
+  /* From staging memory to the device, only enqueued: `from` stays as it is until `stream` has got there. */
+  couplet_status (*upload)(void* to, const void* from, size_t bytes, void* stream, couplet_report* report);
   couplet_status (*synchronize)(void* stream, couplet_report* report); /* waits for all work of `stream` so far */
 } couplet_memory_entries;
 

@@ -87,7 +87,20 @@ typedef struct couplet_kmeans_params {
    report a NaN or an infinity in rows; the first bytes of the workspace are a couplet_report for that. When the stream has got
    there, status is COUPLET_OK, or COUPLET_NOT_FINITE with the token (counted from the first of the call), kv head and channel
    of the first such value in that order; detail is empty. The codes of the groups with such values are unspecified then, all
-   others are written. Who does not ask need not copy it. */
+   others are written. Who does not ask need not copy it.
+   Many stretches of tokens can be encoded at once: `runs`. A token is then counted over the runs in their order. No two runs have
+   tokens in the same 8 slots of a page (slot / 8). */
+typedef struct couplet_encode_run {
+  const void* rows; /* the fields of couplet_encode_params that have these names */
+  uint8_t* const* pages;
+  int64_t token_stride;
+  int64_t head_stride;
+  int64_t first_token;   /* below 2^35 */
+  int64_t tokens_before; /* of the runs before this one */
+  int32_t tokens;
+  int32_t reserved;
+} couplet_encode_run;
+
 typedef struct couplet_encode_params {
   const void* rows; /* dtype; channel c of kv head h of the i-th token: rows[i * token_stride + h * head_stride + c] */
   const couplet_table* table;
@@ -104,6 +117,11 @@ typedef struct couplet_encode_params {
   int32_t dtype; /* COUPLET_FLOAT32 or COUPLET_FLOAT16; COUPLET_BFLOAT16 on a GPU */
   int32_t threads;
   couplet_codec codec;
+  /* [run_count], for a GPU backend in its memory, or NULL: one run, of the fields above. With runs, `tokens` is the most that one
+     has, and rows, pages, first_token and the strides are not read. */
+  const couplet_encode_run* runs;
+  int32_t run_count; /* at most 65535 */
+  int32_t reserved;
 } couplet_encode_params;
 
 typedef struct couplet_decode_params {
@@ -242,8 +260,9 @@ typedef struct couplet_attention_weights_params {
 } couplet_attention_weights_params;
 
 COUPLET_STATIC_ASSERT(sizeof(couplet_kmeans_params) == 136, "kmeans parameters");
-COUPLET_STATIC_ASSERT(sizeof(couplet_encode_params) == 96, "encode parameters");
-COUPLET_STATIC_ASSERT(sizeof(couplet_decode_params) == sizeof(couplet_encode_params), "decode parameters");
+COUPLET_STATIC_ASSERT(sizeof(couplet_encode_run) == 56, "encode runs");
+COUPLET_STATIC_ASSERT(sizeof(couplet_encode_params) == 112, "encode parameters");
+COUPLET_STATIC_ASSERT(sizeof(couplet_decode_params) == 96, "decode parameters");
 COUPLET_STATIC_ASSERT(sizeof(couplet_dense_rows) == 56, "dense rows");
 COUPLET_STATIC_ASSERT(sizeof(couplet_attend_sequence) == 88, "attend sequence");
 COUPLET_STATIC_ASSERT(sizeof(couplet_attend_params) == 136, "attend parameters");

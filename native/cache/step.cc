@@ -242,6 +242,9 @@ couplet_status Step::State::encode_run(const StepRowState& row, int32_t layer, c
         .dtype = COUPLET_FLOAT32,
         .threads = owner.config.threads,
         .codec = side.is_key ? codebook->shape().key_codec : codebook->shape().value_codec,
+        .runs = nullptr,
+        .run_count = 0,
+        .reserved = 0,
     };
     couplet_status status = encode.check(&params, report);
     if (status != COUPLET_OK) return status;

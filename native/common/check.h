@@ -138,7 +138,7 @@ inline bool is_dtype(int32_t dtype) {
 
 // Params is couplet_encode_params or couplet_decode_params. The table and the entries of the page table are not looked at.
 template <class Params>
-couplet_status check_codes_params(const Params* params, couplet_report* report) {
+couplet_status check_codes_params(const Params* params, couplet_report* report, bool in_runs = false) {
   COUPLET_EXPECT(params, "Expected parameters but received NULL");
   const Params& p = *params;
   COUPLET_EXPECT(p.kv_heads >= 1, "Expected 1 or more for `kvHeads` but received %d", p.kv_heads);
@@ -152,11 +152,11 @@ couplet_status check_codes_params(const Params* params, couplet_report* report) 
   COUPLET_EXPECT(p.page_tokens >= 8 && p.page_tokens % 8 == 0 && p.page_tokens <= INT32_MAX / COUPLET_MAX_CODE_BITS,
                  "Expected a multiple of 8 for `pageTokens` but received %d", p.page_tokens);
   COUPLET_EXPECT(p.tokens >= 0, "Expected 0 or more for `tokens` but received %d", p.tokens);
-  COUPLET_EXPECT(p.first_token >= 0 && p.first_token <= INT64_MAX - p.tokens,
+  COUPLET_EXPECT(in_runs || (p.first_token >= 0 && p.first_token <= INT64_MAX - p.tokens),
                  "Expected 0 or more for `firstToken` but received %lld", static_cast<long long>(p.first_token));
   if (p.tokens == 0) return COUPLET_OK;
-  COUPLET_EXPECT(p.rows, "Expected an array for `rows` but received NULL");
-  COUPLET_EXPECT(p.pages, "Expected an array for `pages` but received NULL");
+  COUPLET_EXPECT(in_runs || p.rows, "Expected an array for `rows` but received NULL");
+  COUPLET_EXPECT(in_runs || p.pages, "Expected an array for `pages` but received NULL");
   int64_t const codes_bytes = couplet_codec_groups(p.codec, p.head_dim) * couplet_row_bytes(p.codec, p.page_tokens);
   COUPLET_EXPECT(p.kv_heads == 1 || p.page_stride >= codes_bytes,
                  "Expected %lld or more bytes for `pageStride` but received %lld", static_cast<long long>(codes_bytes),

@@ -25,6 +25,10 @@ couplet_status copy(void* to, const void* from, size_t bytes, void*, couplet_rep
   return COUPLET_OK;
 }
 
+couplet_status upload(void* to, const void* from, size_t bytes, void* stream, couplet_report* report) {
+  return copy(to, from, bytes, stream, report);
+}
+
 couplet_status synchronize(void*, couplet_report*) { return COUPLET_OK; }
 
 const char* variant() { return isa_name(isa()); }
@@ -58,7 +62,14 @@ const couplet_backend* backend() {
       .name = "cpu",
       .variant = variant,
       .device = {.count = count, .select = select, .describe = describe},
-      .memory = {.is_host = 1, .allocate = allocate, .release = release, .copy = copy, .synchronize = synchronize},
+      .memory = {.is_host = 1,
+                 .allocate = allocate,
+                 .release = release,
+                 .allocate_staging = allocate,
+                 .release_staging = release,
+                 .copy = copy,
+                 .upload = upload,
+                 .synchronize = synchronize},
       .table = table_entries,
       .rotary = rotary_entries,
       .kmeans = kmeans_entries,

@@ -42,16 +42,17 @@ bool is_finite_at(const uint8_t* row, int32_t channel, bool half) {
 }
 
 // Reports the first value that is not finite, by token, then kv head, then channel.
-couplet_status report_not_finite(const couplet_encode_params& p, couplet_report* report) {
+couplet_status report_not_finite(const couplet_encode_params& p, int64_t tokens_before, couplet_report* report) {
   bool const half = p.dtype == COUPLET_FLOAT16;
   for (int32_t token = 0; token < p.tokens; ++token)
     for (int32_t kv_head = 0; kv_head < p.kv_heads; ++kv_head)
       for (int32_t channel = 0; channel < p.head_dim; ++channel)
         if (!is_finite_at(row_of(p, token, kv_head), channel, half))
-          return fail(report, COUPLET_NOT_FINITE, {.kv_head = kv_head, .token = token, .channel = channel},
-                      "Expected finite numbers for `rows` but received a NaN or an infinity at token %d, kv head %d, "
+          return fail(report, COUPLET_NOT_FINITE,
+                      {.kv_head = kv_head, .token = tokens_before + token, .channel = channel},
+                      "Expected finite numbers for `rows` but received a NaN or an infinity at token %lld, kv head %d, "
                       "channel %d",
-                      token, kv_head, channel);
+                      static_cast<long long>(tokens_before + token), kv_head, channel);
   return fail(report, COUPLET_INTERNAL, {}, "The values of `rows` changed while they were read");
 }
 
@@ -110,14 +111,13 @@ void encode_job(const NearestBody& body, const couplet_encode_params& p, const J
     }
 }
 
-}  // namespace
-
 // A task is some groups of one kv head in one page: rows of the packed format are written by one task each. Tasks that
 // follow each other share their centroids, not their tokens.
-couplet_status encode(const NearestBody& body, const couplet_encode_params& p, couplet_report* report) {
+couplet_status encode_run(const NearestBody& body, const couplet_encode_params& p, int64_t tokens_before,
+                          couplet_report* report) {
   if (p.tokens == 0) return COUPLET_OK;
   int const threads = threads_of(p);
-  if (!all_finite(body, p, threads)) return report_not_finite(p, report);
+  if (!all_finite(body, p, threads)) return report_not_finite(p, tokens_before, report);
 
   PageRange const pages = page_range(p.first_token, p.tokens, p.page_tokens);
   int64_t const pairs_of_a_group = int64_t{std::min(p.tokens, p.page_tokens)} * group_stride(*p.table);
@@ -147,8 +147,6 @@ couplet_status encode(const NearestBody& body, const couplet_encode_params& p, c
   return COUPLET_OK;
 }
 
-namespace {
-
 const NearestBody& chosen_body() {
 #if defined(__x86_64__)
   switch (isa()) {
@@ -160,8 +158,38 @@ const NearestBody& chosen_body() {
   return nearest_portable;
 }
 
+// Calls visit(parameters of one run, tokens of the runs before it) until one fails.
+template <class Visit>
+couplet_status for_each_run(const couplet_encode_params& p, const Visit& visit) {
+  if (!p.runs) return visit(p, 0);
+  couplet_encode_params single = p;
+  single.runs = nullptr;
+  for (int32_t index = 0; index < p.run_count; ++index) {
+    const couplet_encode_run& run = p.runs[index];
+    single.rows = run.rows;
+    single.pages = run.pages;
+    single.token_stride = run.token_stride;
+    single.head_stride = run.head_stride;
+    single.first_token = run.first_token;
+    single.tokens = run.tokens;
+    if (couplet_status const status = visit(single, run.tokens_before)) return status;
+  }
+  return COUPLET_OK;
+}
+
+}  // namespace
+
+couplet_status encode(const NearestBody& body, const couplet_encode_params& p, couplet_report* report) {
+  return for_each_run(p, [&](const couplet_encode_params& run, int64_t tokens_before) {
+    return encode_run(body, run, tokens_before, report);
+  });
+}
+
+namespace {
+
 couplet_status check(const couplet_encode_params* params, couplet_report* report) {
-  return check_pages(params, report);
+  if (!params) return check_pages(params, report);
+  return for_each_run(*params, [&](const couplet_encode_params& run, int64_t) { return check_pages(&run, report); });
 }
 
 size_t workspace_bytes(const couplet_encode_params*) { return 0; }  // tiles lie on the stacks of the threads

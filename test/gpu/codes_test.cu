@@ -211,6 +211,83 @@ void test_not_finite(int32_t tokens, int32_t channels, int32_t dtype, Random& ra
         channel);
 }
 
+// The tokens of a case, cut where an octet of slots ends into runs, the last one first: the bytes are those of one call, and a NaN is counted
+// over the runs in their order.
+void test_runs(int32_t most_tokens, int32_t dtype, Random& random) {
+  Shape shape;
+  shape.codec = {4, 5};
+  shape.kv_heads = 2;
+  shape.head_dim = 16;
+  shape.tokens = 5 * most_tokens / 2;
+  shape.first_token = random.below(70);
+  Case c(shape, dtype, random, false);
+  std::vector<int32_t> cuts{0};
+  while (cuts.back() < shape.tokens) {
+    int64_t const slot = (shape.first_token + cuts.back()) % 8;
+    int64_t const octets = 1 + random.below(most_tokens / 8 - 1);
+    cuts.push_back(static_cast<int32_t>(std::min<int64_t>(shape.tokens, cuts.back() + 8 * octets - slot)));
+  }
+  Device device(c);
+  std::vector<std::vector<couplet_encode_run>> runs(2);  // the CPU's, the device's
+  std::vector<uint8_t> cpu_bytes = c.pages;
+  auto const cpu_pages = c.page_table(cpu_bytes.data());
+  int64_t tokens_before = 0;
+  for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+    size_t const cut = cuts.size() - 2 - i;
+    int64_t const offset = cuts[cut] * c.token_stride;
+    couplet_encode_run run = {.rows = c.rows.data() + offset,
+                              .pages = cpu_pages.data(),
+                              .token_stride = c.token_stride,
+                              .head_stride = c.head_stride,
+                              .first_token = shape.first_token + cuts[cut],
+                              .tokens_before = tokens_before,
+                              .tokens = cuts[cut + 1] - cuts[cut],
+                              .reserved = 0};
+    runs[0].push_back(run);
+    run.rows = device.rows.data() + offset * bytes_of(dtype);
+    run.pages = device.page_table.data();
+    runs[1].push_back(run);
+    tokens_before += run.tokens;
+  }
+  auto const in_runs = [&](const couplet_table* table, const couplet_encode_run* given, int32_t element) {
+    auto p = c.params<couplet_encode_params>(table, nullptr, nullptr, element);
+    p.runs = given;
+    p.run_count = static_cast<int32_t>(runs[0].size());
+    p.tokens = most_tokens;
+    return p;
+  };
+  auto const cpu_table = test::make_table(c.shape, c.centroids);
+  DeviceArray<couplet_encode_run> const device_runs(runs[1]);
+  auto const on_cpu = in_runs(cpu_table.get(), runs[0].data(), COUPLET_FLOAT32);
+  auto const on_device = in_runs(device.table.table, device_runs.data(), dtype);
+
+  auto const once_pages = c.page_table(c.pages.data());
+  auto const once = c.params<couplet_encode_params>(cpu_table.get(), c.rows.data(), once_pages.data(), COUPLET_FLOAT32);
+  couplet_report report{};
+  CHECK(cpu::encode_entries.run(&once, nullptr, nullptr, &report) == COUPLET_OK, "%s", report.detail);
+  CHECK(cpu::encode_entries.run(&on_cpu, nullptr, nullptr, &report) == COUPLET_OK, "%s", report.detail);
+  CHECK(cpu_bytes == c.pages, "%zu runs on the CPU give other bytes than one", runs[0].size());
+  CHECK(cuda::encode_entries.run(&on_device, device.workspace.data(), nullptr, &report) == COUPLET_OK, "%s",
+        report.detail);
+  CHECK(device.report().status == COUPLET_OK, "status %d", device.report().status);
+  CHECK(device.pages.read() == c.pages, "%zu runs of %s give other bytes than one", runs[0].size(), name_of(dtype));
+
+  size_t const last = runs[0].size() - 1;
+  auto const offset = static_cast<size_t>(static_cast<const float*>(runs[0][last].rows) - c.rows.data());
+  c.rows[offset + static_cast<size_t>(c.head_stride) + 9] = NAN;
+  device.rows.write(c.elements());
+  couplet_report reports[2]{};
+  CHECK(cpu::encode_entries.run(&on_cpu, nullptr, nullptr, &reports[0]) == COUPLET_NOT_FINITE, "%s", "a NaN is taken");
+  CHECK(cuda::encode_entries.run(&on_device, device.workspace.data(), nullptr, &report) == COUPLET_OK, "%s",
+        report.detail);
+  reports[1] = device.report();
+  for (const couplet_report& found : reports)
+    CHECK(found.status == COUPLET_NOT_FINITE && found.token == runs[0][last].tokens_before && found.kv_head == 1 &&
+              found.channel == 9,
+          "status %d at token %lld, kv head %d, channel %d", found.status, static_cast<long long>(found.token),
+          found.kv_head, found.channel);
+}
+
 // Distances that overflow float32, and those that underflow, are decided in double.
 void test_extreme(float scale, int32_t tokens, Random& random) {
   Shape shape;
@@ -332,6 +409,8 @@ int main() {
   }
   for (int32_t tokens : {7, 120})
     for (int32_t dtype : dtypes) test_not_finite(tokens, tokens == 7 ? 6 : 8, dtype, random);
+  for (int32_t most_tokens : {24, 128})
+    for (int32_t dtype : dtypes) test_runs(most_tokens, dtype, random);
   for (float scale : {1e25f, 1e-25f, 1e37f})
     for (int32_t tokens : {5, 100}) test_extreme(scale, tokens, random);
   test_capture(random);

@@ -219,6 +219,9 @@ void test_golden() {
             .dtype = COUPLET_FLOAT32,
             .threads = 1,
             .codec = shape.codec,
+            .runs = nullptr,
+            .run_count = 0,
+            .reserved = 0,
         };
         couplet_report report{};
         CHECK(couplet::cpu::encode_entries.run(&params, nullptr, nullptr, &report) == COUPLET_OK, "%s", report.detail);

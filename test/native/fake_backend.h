@@ -201,7 +201,10 @@ inline const couplet_backend* fake_backend() {
     backend.memory = {.is_host = 1,
                       .allocate = fake_allocate,
                       .release = fake_release,
+                      .allocate_staging = fake_allocate,
+                      .release_staging = fake_release,
                       .copy = fake_copy,
+                      .upload = fake_copy,
                       .synchronize = [](void*, couplet_report*) { return COUPLET_OK; }};
     backend.table = {
         .create = fake_create_table,

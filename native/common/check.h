@@ -137,6 +137,7 @@ inline bool is_dtype(int32_t dtype) {
 }
 
 // Params is couplet_encode_params or couplet_decode_params. The table and the entries of the page table are not looked at.
+// in_runs: the rows and pages of couplet_encode_params.runs, which are not looked at either.
 template <class Params>
 couplet_status check_codes_params(const Params* params, couplet_report* report, bool in_runs = false) {
   COUPLET_EXPECT(params, "Expected parameters but received NULL");

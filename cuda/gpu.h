@@ -122,6 +122,21 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t 
 #endif
 }
 
+// d += a b, with a 16 x 8, b 8 x 8, d 16 x 8, a and b in tf32: floats of which the lowest 13 bits are not looked at. With g = l / 4
+// and t = l % 4:
+//   a[r]: row g + 8 (r % 2), column t + 4 (r / 2)     b[r]: row t + 4 r, column g     d as above
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2] GPU_WHERE) {
+#ifdef GPU_SIM
+  sim::mma_m16n8k8_tf32(d, a, b, where);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
 // Loads Count (1, 2 or 4) matrices of 8 x 8 16-bit values from shared memory. Lane 8 m + i gives the address of row i of matrix
 // m, 16-byte aligned; the other lanes' addresses are not used. registers[m]: row l / 4, columns 2 (l % 4) and the next, of
 // matrix m, or of its transpose.
@@ -385,6 +400,19 @@ __device__ __forceinline__ uint32_t cvt_bf16x2(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+#endif
+}
+
+// To tf32, to nearest, ties away from zero. A NaN stays one.
+__device__ __forceinline__ uint32_t cvt_tf32(float value) {
+#ifdef GPU_SIM
+  uint32_t const bits = __float_as_uint(value);
+  bool const finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return finite ? (bits + 0x1000u) & ~0x1fffu : bits & 0x007fffffu ? 0x7fffffffu : bits;
+#else
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
 #endif
 }
 

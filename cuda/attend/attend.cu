@@ -1,6 +1,6 @@
 // The entries of attend: what is refused, which body runs, and its chain of launches
 //   plan -> general or lookup decode -> merge     sequences with one query
-//        -> general prefill                       all others
+//        -> prefill                               all others
 #include <cstdio>
 
 #include "../../native/common/check.h"
@@ -10,6 +10,14 @@
 
 namespace couplet::cuda {
 namespace attend {
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
 namespace {
 
 // ---- refusals --------------------------------------------------------------------------------------------------------------
@@ -28,14 +36,6 @@ couplet_status check(const couplet_attend_params* params, couplet_report* report
 }
 
 // ---- selection -------------------------------------------------------------------------------------------------------------
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-
 enum class Body { general, lookup };
 
 // The lookup body needs both codebooks of a kv head in shared memory (sm_90, sm_100: 227 KB; sm_80 has 163), pages of 64 tokens
@@ -80,6 +80,7 @@ Layout layout_of(const couplet_attend_params& params) {
   layout.step.head_blocks = params.kv_heads * blocks_of(group_heads, block_rows);
   layout.step.blocks = lookup ? multiprocessors : 2 * multiprocessors;
   layout.step.prefill_blocks = 2 * multiprocessors;
+  layout.step.prefill_rows = prefill_rows(params.head_dim);
   layout.step.coded_unit = lookup ? rotary_block : general_unit;
   layout.step.dense_unit = lookup ? lookup_dense_unit : general_unit;
 
@@ -115,7 +116,7 @@ couplet_status run(const couplet_attend_params* params, void* memory, void* stre
   if (error == cudaSuccess)
     error = select(*params) == Body::lookup ? launch_lookup(step, queue) : launch_general_decode(step, queue);
   if (error == cudaSuccess) error = launch_merge(step, queue);
-  if (error == cudaSuccess && params->most_query_tokens != 1) error = launch_general_prefill(step, queue);
+  if (error == cudaSuccess && params->most_query_tokens != 1) error = launch_prefill(step, queue);
   return status_of(error, report, "attend");
 }
 

@@ -1,9 +1,10 @@
-// Attention for every codec, shape and option, in float32. A block takes up to 16 rows (query token, query head of one kv head)
-// through tiles of 32 tokens:
+// Decode attention for every codec, shape and option, in float32. A block takes up to 16 rows (query heads of one kv head) through
+// tiles of 32 tokens:
 //   queries [rows][head_dim], rotated to their positions and scaled
 //   tile    keys [32][head_dim], decoded or copied, rotated to their positions -> scores [rows][32] -> softmax
 //           values [32][head_dim] in the same place -> weighted [rows][head_dim] in registers
 #include "step.h"
+#include "tokens.h"
 
 namespace couplet::cuda::attend {
 namespace {
@@ -14,21 +15,6 @@ constexpr int tile_tokens = 32;  // lanes of a warp: a token each
 constexpr int most_elements = general_rows * COUPLET_MAX_HEAD_DIM / threads;
 
 // ---- device helpers ----------------------------------------------------------------------------------------------------------
-// Rows of one kv head and sequence: row r is query token (first_row + r) / group_heads, head (first_row + r) % group_heads of the kv head.
-struct Rows {
-  const couplet_attend_sequence* sequence;
-  int64_t first_row;
-  int count;
-  int kv_head;
-};
-
-// A tile's token: nothing, a slot of a page, or a row in full precision.
-struct Token {
-  const uint8_t* page;
-  DenseToken dense;
-  int slot;
-};
-
 struct Fixed {
   Token tokens[tile_tokens];
   float scores[general_rows][tile_tokens];
@@ -46,17 +32,6 @@ struct Shared {
 
 __device__ __forceinline__ Shared shared_of(float* dynamic, Fixed* fixed, int head_dim) {
   return {fixed, dynamic, dynamic + general_rows * head_dim};
-}
-
-// A code may straddle three bytes; none behind the row's end is read.
-__device__ __forceinline__ int read_code(const uint8_t* row, int slot, int code_bits) {
-  int const bit = slot * code_bits;
-  const uint8_t* const bytes = row + bit / 8;
-  int const end = bit % 8 + code_bits;
-  unsigned word = bytes[0];
-  if (end > 8) word |= static_cast<unsigned>(bytes[1]) << 8;
-  if (end > 16) word |= static_cast<unsigned>(bytes[2]) << 16;
-  return static_cast<int>(word >> bit % 8 & ((1u << code_bits) - 1));
 }
 
 __device__ __forceinline__ void load_codes(const Step& step, const Shared& shared, couplet_codec codec,
@@ -119,9 +94,7 @@ __device__ __forceinline__ void start(const Step& step, const Shared& shared, co
     int const row = threadIdx.x;
     shared.fixed->maxima[row] = -INFINITY;
     shared.fixed->sums[row] = 0;
-    shared.fixed->positions[row] =
-        row < rows.count ? rows.sequence->first_query + static_cast<int>((rows.first_row + row) / step.group_heads)
-                         : -1;
+    shared.fixed->positions[row] = row < rows.count ? position_of(step, rows, row) : -1;
   }
   __syncthreads();
   for (int index = threadIdx.x; index < rows.count * step.angles.pairs; index += threads) {
@@ -145,14 +118,8 @@ __device__ __forceinline__ void take_tile(const Step& step, const Shared& shared
   __syncthreads();  // queries are there; the tile before is done
   if (threadIdx.x < tile_tokens) {
     int const position = positions.begin + static_cast<int>(threadIdx.x);
-    Token token{nullptr, {nullptr, nullptr}, 0};
-    if (position < positions.end && Coded) {
-      token.page = sequence.pages[position / params.page_tokens];
-      token.slot = position % params.page_tokens;
-    } else if (position < positions.end) {
-      token.dense = dense_token(sequence, position, rows.kv_head);
-    }
-    shared.fixed->tokens[threadIdx.x] = token;
+    shared.fixed->tokens[threadIdx.x] =
+        position < positions.end ? token_at<Coded>(params, sequence, position, rows.kv_head) : Token{};
   }
   __syncthreads();
   if constexpr (Coded)
@@ -271,41 +238,6 @@ __global__ void __launch_bounds__(threads, 2) general_decode(Step const step) {
   }
 }
 
-// All other sequences: a block of rows after the other, each over all that its rows see.
-__global__ void __launch_bounds__(threads, 2) general_prefill(Step const step) {
-  GPU_DYNAMIC_SHARED(float, dynamic);
-  GPU_SHARED(fixed, Fixed);
-  Shared const shared = shared_of(dynamic, &fixed, step.params.head_dim);
-  int const sequences = step.params.sequence_count;
-  int const row_blocks = step.row_begin[sequences];
-  int64_t const tasks = static_cast<int64_t>(row_blocks) * step.params.kv_heads;
-  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    int const row_block = static_cast<int>(task % row_blocks);
-    int const index = find_begin(step.row_begin, sequences, row_block);
-    const couplet_attend_sequence& sequence = step.params.sequences[index];
-    int64_t const first_row = static_cast<int64_t>(row_block - step.row_begin[index]) * general_rows;
-    int64_t const left = static_cast<int64_t>(sequence.query_tokens) * step.group_heads - first_row;
-    Rows const rows{&sequence, first_row, left < general_rows ? static_cast<int>(left) : general_rows,
-                    static_cast<int>(task / row_blocks)};
-
-    // From the first position that the first row sees to the last that the last one sees.
-    auto const position = [&](int64_t row) { return sequence.first_query + static_cast<int>(row / step.group_heads); };
-    Seen const first = seen_by(step.params, sequence, position(first_row));
-    Seen const last = seen_by(step.params, sequence, position(first_row + rows.count - 1));
-    Seen const seen{
-        {first.below.begin, last.below.end}, {first.codes.begin, last.codes.end}, {first.above.begin, last.above.end}};
-    Weighted weighted;
-    take_seen(step, shared, rows, seen, weighted);
-    each_element(rows, step.params.head_dim, weighted, [&](int row, int channel, float value) {
-      int64_t const at = first_row + row;
-      int const head = rows.kv_head * step.group_heads + static_cast<int>(at % step.group_heads);
-      store_element(sequence.outputs, step.params.output_dtype,
-                    at / step.group_heads * sequence.output_token_stride + head * sequence.output_head_stride + channel,
-                    value * output_factor(step.params, head, fixed.maxima[row], fixed.sums[row]));
-    });
-  }
-}
-
 // Queries and the tile; 49 KB at headDim 256.
 size_t shared_bytes(const Step& step) {
   return (static_cast<size_t>(general_rows) * step.params.head_dim +
@@ -318,10 +250,6 @@ size_t shared_bytes(const Step& step) {
 // ---- launchers -------------------------------------------------------------------------------------------------------------
 cudaError_t launch_general_decode(const Step& step, cudaStream_t stream) {
   return gpu::launch(general_decode, step.blocks, threads, shared_bytes(step), stream, step);
-}
-
-cudaError_t launch_general_prefill(const Step& step, cudaStream_t stream) {
-  return gpu::launch(general_prefill, step.prefill_blocks, threads, shared_bytes(step), stream, step);
 }
 
 }  // namespace couplet::cuda::attend

@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(plan_threads) plan(Step const step) {
         Seen const seen = seen_by(step.params, sequence, sequence.first_query);
         sum.x = dense_units(step, seen) + coded_units(step, seen.codes);
       } else {
-        sum.y = static_cast<int>((static_cast<int64_t>(sequence.query_tokens) * step.group_heads + general_rows - 1) /
-                                 general_rows);
+        int64_t const rows = static_cast<int64_t>(sequence.query_tokens) * step.group_heads;
+        sum.y = static_cast<int>((rows + step.prefill_rows - 1) / step.prefill_rows);
       }
     }
     int2 const own = sum;

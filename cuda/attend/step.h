@@ -34,8 +34,9 @@ struct Step {
   int32_t head_blocks;
   int32_t blocks;  // that share the units
   int32_t prefill_blocks;
-  int32_t coded_unit;  // tokens
-  int32_t dense_unit;  // tokens
+  int32_t prefill_rows;  // of a row block
+  int32_t coded_unit;    // tokens
+  int32_t dense_unit;    // tokens
 };
 
 struct Interval {
@@ -192,9 +193,11 @@ __device__ __forceinline__ float capped_logit(const couplet_attend_params& param
 cudaError_t launch_plan(const Step& step, cudaStream_t stream);   // writes unit_begin and row_begin
 cudaError_t launch_merge(const Step& step, cudaStream_t stream);  // partial results -> outputs
 cudaError_t launch_general_decode(const Step& step, cudaStream_t stream);
-cudaError_t launch_general_prefill(const Step& step, cudaStream_t stream);
+cudaError_t launch_prefill(const Step& step, cudaStream_t stream);
 cudaError_t launch_lookup(const Step& step, cudaStream_t stream);
 
+int device_attribute(cudaDeviceAttr attribute);  // of the calling thread's device
+int prefill_rows(int head_dim);                  // of a row block, on this device
 inline constexpr int general_rows = 16;
 inline constexpr int general_unit = 256;  // tokens, coded or dense
 inline constexpr int lookup_rows = 4;

@@ -141,6 +141,20 @@ struct BfloatValue {
   }
 };
 
+// d of every lane += a b.
+template <int Inner>
+void add_product(void* const* operands, const double (&a)[16][Inner], const double (&b)[Inner][8]) {
+  double d[16][8] = {};
+  for (int row = 0; row < 16; ++row)
+    for (int inner = 0; inner < Inner; ++inner)
+      for (int column = 0; column < 8; ++column) d[row][column] += a[row][inner] * b[inner][column];
+  for (int lane = 0; lane < 32; ++lane) {
+    auto const& own = operand_of<Mma>(operands, lane);
+    for (int part = 0; part < 4; ++part)
+      own.d[part] = static_cast<float>(own.d[part] + d[lane / 4 + part / 2 * 8][lane % 4 * 2 + part % 2]);
+  }
+}
+
 template <class Value>
 void do_mma(void* const* operands, uint32_t, Location) {
   Value const value;
@@ -161,15 +175,26 @@ void do_mma(void* const* operands, uint32_t, Location) {
       b[minor + part * 8 + 1][major] = value(own.b[part] >> 16);
     }
   }
-  double d[16][8] = {};
-  for (int row = 0; row < 16; ++row)
-    for (int inner = 0; inner < 16; ++inner)
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][inner] * b[inner][column];
+  add_product(operands, a, b);
+}
+
+void do_mma_tf32(void* const* operands, uint32_t, Location) {
+  auto const value = [](uint32_t bits) {
+    bits &= ~0x1fffu;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+  };
+  double a[16][8];
+  double b[8][8];
   for (int lane = 0; lane < 32; ++lane) {
     auto const& own = operand_of<Mma>(operands, lane);
-    for (int part = 0; part < 4; ++part)
-      own.d[part] = static_cast<float>(own.d[part] + d[lane / 4 + part / 2 * 8][lane % 4 * 2 + part % 2]);
+    int const major = lane / 4;
+    int const minor = lane % 4;
+    for (int part = 0; part < 4; ++part) a[major + part % 2 * 8][minor + part / 2 * 4] = value(own.a[part]);
+    for (int part = 0; part < 2; ++part) b[minor + part * 4][major] = value(own.b[part]);
   }
+  add_product(operands, a, b);
 }
 
 constexpr uint32_t full = ~0u;
@@ -211,6 +236,11 @@ uint32_t transpose_8x8(uint32_t rows, Location where) {
 void mma_m16n8k16(Float16 format, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location where) {
   Mma own{d, a, b};
   collective(format == Float16::half ? do_mma<HalfValue> : do_mma<BfloatValue>, full, &own, where);
+}
+
+void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location where) {
+  Mma own{d, a, b};
+  collective(do_mma_tf32, full, &own, where);
 }
 
 }  // namespace sim

@@ -38,5 +38,6 @@ uint32_t transpose_8x8(uint32_t rows, Location where);  // movmatrix
 // d += a b with 16-bit floats in a and b; fragments as in gpu.h. Products are exact and summed in double.
 enum class Float16 { half, bfloat };
 void mma_m16n8k16(Float16 format, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location where);
+void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location where);
 
 }  // namespace sim

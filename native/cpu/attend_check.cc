@@ -1,7 +1,7 @@
 // What attend refuses, and why.
 
-#include "../common/check.h"
 #include "attend_check.h"
+#include "../common/check.h"
 #include "attend_task.h"
 #include "rotary.h"
 

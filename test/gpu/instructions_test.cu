@@ -1,6 +1,7 @@
 // Each wrapper of gpu.h, and each built-in that cuda/sim/device.h defines, against a plain computation. The simulator passes it in
 // CI; compiled by nvcc and run on a GPU, it says whether the simulator tells the truth.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -78,6 +79,68 @@ void test_multiply(bool bfloat) {
       float const got = result[row * 8 + column];
       CHECK(std::abs(got - sum) < 1e-5, "[%d][%d] is %g and not %g", row, column, got, sum);
     }
+}
+
+__global__ void __launch_bounds__(lanes)
+    multiply_tf32(const float* a /*[16][8]*/, const float* b /*[8][8]*/, float* d /*[16][8]*/) {
+  int const g = static_cast<int>(threadIdx.x) / 4;
+  int const t = static_cast<int>(threadIdx.x) % 4;
+  uint32_t a_part[4];
+  uint32_t b_part[2];
+  float d_part[4];
+  for (int part = 0; part < 4; ++part) a_part[part] = gpu::cvt_tf32(a[(g + part % 2 * 8) * 8 + t + part / 2 * 4]);
+  for (int part = 0; part < 2; ++part) b_part[part] = __float_as_uint(b[(t + part * 4) * 8 + g]);  // truncated
+  for (int part = 0; part < 4; ++part) d_part[part] = d[(g + part / 2 * 8) * 8 + t * 2 + part % 2];
+  gpu::mma_m16n8k8_tf32(d_part, a_part, b_part);
+  for (int part = 0; part < 4; ++part) d[(g + part / 2 * 8) * 8 + t * 2 + part % 2] = d_part[part];
+}
+
+void test_multiply_tf32() {
+  Random random(8);
+  auto const truncated = [](float value) { return std::bit_cast<float>(std::bit_cast<uint32_t>(value) & ~0x1fffu); };
+  auto const rounded = [&](float value) {
+    return truncated(std::bit_cast<float>(std::bit_cast<uint32_t>(value) + 0x1000u));
+  };
+  std::vector<float> const a = random.normals(128);
+  std::vector<float> const b = random.normals(64);
+  std::vector<float> const c = random.normals(128);
+  DeviceArray<float> const device_a(a);
+  DeviceArray<float> const device_b(b);
+  DeviceArray<float> const d(c);
+  expect(gpu::launch(multiply_tf32, 1, lanes, 0, nullptr, device_a.data(), device_b.data(), d.data()), "tf32");
+  std::vector<float> const result = d.read();
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 8; ++column) {
+      double sum = c[row * 8 + column];
+      for (int inner = 0; inner < 8; ++inner)
+        sum += double{rounded(a[row * 8 + inner])} * truncated(b[inner * 8 + column]);
+      CHECK(std::abs(result[row * 8 + column] - sum) < 1e-5, "[%d][%d] is %g and not %g", row, column,
+            result[row * 8 + column], sum);
+    }
+}
+
+__global__ void __launch_bounds__(lanes) round_tf32(const uint32_t* in, uint32_t* out) {
+  out[threadIdx.x] = gpu::cvt_tf32(__uint_as_float(in[threadIdx.x]));
+}
+
+void test_round_tf32() {
+  std::vector<uint32_t> in = random_words(lanes, 9);
+  std::vector<uint32_t> const edges = {0,           0x80000000u, 0x00001000u, 0x00000fffu, 0x3f801000u,
+                                       0x3f800fffu, 0xbf801000u, 0x7f7fffffu, 0x7f800000u, 0xff800000u};
+  std::copy(edges.begin(), edges.end(), in.begin());
+  DeviceArray<uint32_t> const device_in(in);
+  DeviceArray<uint32_t> const out(in.size());
+  expect(gpu::launch(round_tf32, 1, lanes, 0, nullptr, device_in.data(), out.data()), "cvt.rna.tf32");
+  std::vector<uint32_t> const result = out.read();
+  for (size_t i = 0; i < in.size(); ++i) {
+    if (std::isnan(std::bit_cast<float>(in[i]))) {
+      CHECK(std::isnan(std::bit_cast<float>(result[i] & ~0x1fffu)), "%08x becomes %08x", in[i], result[i]);
+      continue;
+    }
+    bool const finite = (in[i] & 0x7f800000u) != 0x7f800000u;
+    uint32_t const expected = finite ? (in[i] + 0x1000u) & ~0x1fffu : in[i];
+    CHECK((result[i] & ~0x1fffu) == expected, "%08x becomes %08x and not %08x", in[i], result[i], expected);
+  }
 }
 
 template <int Count, bool Transposed>
@@ -479,6 +542,8 @@ void test_floating() {
 int main() {
   test_multiply(false);
   test_multiply(true);
+  test_multiply_tf32();
+  test_round_tf32();
   test_load_matrices<1, false>();
   test_load_matrices<1, true>();
   test_load_matrices<2, false>();

@@ -53,6 +53,11 @@ export function requireArray<Kind extends TypedArray>(
   if (value.length < leastLength) throwExpected(`${article} ${kind.name} of ${leastLength} or more elements`, name, value, true)
 }
 
+export function requireArrayOfAnyKind(value: unknown, name: string): asserts value is TypedArray {
+  if (!ArrayBuffer.isView(value) || value instanceof DataView) throwExpected('a typed array', name, value)
+  requireAttached(value as TypedArray, name)
+}
+
 /** Refuses an array whose buffer was transferred away: its length is 0, but a view of its buffer throws without a code. */
 export function requireAttached(array: TypedArray, name: string): void {
   if (isDetached(array.buffer)) throwExpected('an array whose buffer is still its own', name, array, true)

@@ -1,7 +1,7 @@
 import { addon } from './native/addon'
-import type { BackendState } from './native/operations'
+import type { BackendState, DeviceInfo, SilentDevice } from './native/capabilities'
 
-export type { BackendState }
+export type { BackendState, DeviceInfo, SilentDevice }
 
 /** What this process can do, and why not more. */
 export interface Capabilities {
@@ -19,7 +19,8 @@ export interface Capabilities {
 }
 
 /**
- * What is loaded: versions, instruction set, cores, backends with the reason why one is missing.
+ * What is loaded: versions, instruction set, cores, backends with their devices or the reason why one is missing. Where there are
+ * GPUs it asks each of them, which takes up to a second each the first time.
  * @throws {CoupletError} `ERR_COUPLET_ADDON` when the addon itself cannot be loaded
  */
 export function capabilities(): Capabilities {

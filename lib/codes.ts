@@ -2,10 +2,13 @@ import type { Float16ArrayLike, TypedArrayClass } from './arguments'
 import { extent, isArray, requireArray, requireInteger, requireObject, resultArray } from './arguments'
 import type { CodecLike } from './codec'
 import { codec } from './codec'
+import type { DeviceMemory, DeviceOptions, ElementType, StreamOption } from './device'
+import { deviceOf, isDeviceMemory, placeOf } from './device'
 import { describe, throwExpected, typeError } from './errors'
 import { addon } from './native/addon'
 import { abortable, refusePromiseOptions } from './native/call'
 import type { NativeCodesArguments } from './native/operations'
+import { type PreparedTables, tablesOf } from './tables'
 
 /** The shape of packed codes, as docs/layout.md draws them: [pages][kvHeads][page bytes]. */
 export interface CodesShape {
@@ -18,24 +21,24 @@ export interface CodesShape {
   pageTokens?: number | undefined
 }
 
-export interface CodesSyncOptions extends CodesShape {
-  /** Centroids: float32 [kvHeads][groups][centroids][groupChannels]. Prepared anew in every call: code many tokens at once. */
-  tables: Float32Array
+export interface CodesSyncOptions extends CodesShape, DeviceOptions, StreamOption {
+  /** Centroids: float32 [kvHeads][groups][centroids][groupChannels]; or prepared once for many calls of few tokens. */
+  tables: Float32Array | PreparedTables
   /** The token of `codes` that the first row stands for; default 0. Codes of other tokens stay as they are. */
   firstToken?: number | undefined
   /** Elements of `rows` from a token to the next; default kvHeads * headDim. */
   tokenStride?: number | undefined
   /** Elements of `rows` from a kv head to the next; default headDim. */
   headStride?: number | undefined
-  /** Threads to use; default 0, all cores. */
+  /** Threads of the CPU to use; default 0, all cores. */
   threads?: number | undefined
-  /** Default 'cpu'. */
-  device?: 'cpu' | 'cuda' | undefined
 }
 
 export interface EncodeSyncOptions extends CodesSyncOptions {
+  /** What rows are; default what their memory says, 'float16' for a Uint16Array, else 'float32'. bfloat16 is for GPUs. */
+  dtype?: ElementType | undefined
   /** Receives the codes of firstToken to firstToken + tokens - 1; default a new array, zero elsewhere. */
-  out?: Uint8Array | undefined
+  out?: Uint8Array | DeviceMemory | undefined
 }
 
 export interface EncodeOptions extends EncodeSyncOptions {
@@ -44,10 +47,10 @@ export interface EncodeOptions extends EncodeSyncOptions {
 }
 
 export interface DecodeSyncOptions extends CodesSyncOptions {
-  /** What to decode to; default that of `out`, or 'float32'. float16 comes as the bits in a Uint16Array. */
-  dtype?: 'float32' | 'float16' | undefined
+  /** What to decode to; default that of `out`, or 'float32'. float16 comes as the bits in a Uint16Array, and so does a GPU's bfloat16. */
+  dtype?: ElementType | undefined
   /** Receives the rows; default a new array. */
-  out?: Float32Array | Uint16Array | undefined
+  out?: Float32Array | Uint16Array | DeviceMemory | undefined
 }
 
 export interface DecodeOptions extends DecodeSyncOptions {
@@ -58,6 +61,9 @@ export interface DecodeOptions extends DecodeSyncOptions {
 /** Rows of float32, or of float16: as bits in a Uint16Array, or in a Float16Array where the runtime has it. */
 export type Rows = Float32Array | Uint16Array | Float16ArrayLike
 
+/** Codes in memory of the host or of the device. */
+export type Codes = Uint8Array | DeviceMemory
+
 /** Bytes that the codes of `tokens` tokens take, whole pages, padding included. */
 export function codesBytes(shape: CodesShape): number {
   requireObject(shape, 'shape')
@@ -67,64 +73,78 @@ export function codesBytes(shape: CodesShape): number {
 }
 
 /**
- * The code of the nearest centroid (least squared distance, ties to the lowest index) of every group of every row.
+ * The code of the nearest centroid (least squared distance, ties to the lowest index) of every group of every row. Every device gives
+ * the same codes.
+ *
  * Arrays are read in place while the promise is pending: neither change them nor transfer their buffers before it settles. Arrays
- * over a SharedArrayBuffer are welcome.
+ * over a SharedArrayBuffer are welcome. On a GPU they are uploaded, 16 MiB of rows at a time; rows and `out` may be the device's own memory
+ * instead. With a `stream` they have to be, and tables prepared: the call then only enqueues, its promise settles when it has, and a NaN
+ * gets some code instead of an error.
  *
  * @param rows [tokens][kvHeads][headDim], or as tokenStride and headStride say
- * @returns codes, [pages][kvHeads][page bytes]
+ * @returns codes, [pages][kvHeads][page bytes]: `out` where it is given
  * @throws {RangeError} `ERR_COUPLET_NOT_FINITE` with token, kvHead and channel, for a NaN or an infinity
  * @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT`
+ * @throws {CoupletError} `ERR_COUPLET_OUT_OF_MEMORY`, `ERR_COUPLET_BACKEND_UNAVAILABLE`, `ERR_COUPLET_DEVICE` when the device failed
  */
-export async function encode(rows: Rows, options: EncodeOptions): Promise<Uint8Array> {
+export function encode<Out extends DeviceMemory>(rows: Rows | DeviceMemory, options: EncodeOptions & { out: Out }): Promise<Out>
+export function encode(rows: Rows | DeviceMemory, options: EncodeOptions & { out?: Uint8Array | undefined }): Promise<Uint8Array>
+export function encode(rows: Rows | DeviceMemory, options: EncodeOptions): Promise<Uint8Array | DeviceMemory>
+export async function encode(rows: Rows | DeviceMemory, options: EncodeOptions): Promise<Uint8Array | DeviceMemory> {
   const call = prepareEncode(rows, options)
   await abortable(options.signal, (cancel) => addon().encode({ ...call, cancel }))
-  return call.codes
+  return options.out ?? call.codes as Uint8Array
 }
 
 /** {@link encode} on the calling thread (and its helpers): blocks until it is done. */
-export function encodeSync(rows: Rows, options: EncodeSyncOptions): Uint8Array {
+export function encodeSync<Out extends DeviceMemory>(rows: Rows | DeviceMemory, options: EncodeSyncOptions & { out: Out }): Out
+export function encodeSync(rows: Rows | DeviceMemory, options: EncodeSyncOptions & { out?: Uint8Array | undefined }): Uint8Array
+export function encodeSync(rows: Rows | DeviceMemory, options: EncodeSyncOptions): Uint8Array | DeviceMemory
+export function encodeSync(rows: Rows | DeviceMemory, options: EncodeSyncOptions): Uint8Array | DeviceMemory {
   const call = prepareEncode(rows, options)
   refusePromiseOptions(options)
   addon().encodeSync(call)
-  return call.codes
+  return options.out ?? call.codes as Uint8Array
 }
 
 /**
- * The centroids that codes stand for.
+ * The centroids that codes stand for. On a GPU as in {@link encode}.
  *
  * @param codes as {@link encode} returns them
- * @returns rows [tokens][kvHeads][headDim], or as tokenStride and headStride say
+ * @returns rows [tokens][kvHeads][headDim], or as tokenStride and headStride say: `out` where it is given
  * @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT`
+ * @throws {CoupletError} `ERR_COUPLET_OUT_OF_MEMORY`, `ERR_COUPLET_BACKEND_UNAVAILABLE`, `ERR_COUPLET_DEVICE` when the device failed
  */
-export function decode(codes: Uint8Array, options: DecodeOptions & { dtype: 'float16' }): Promise<Uint16Array>
-export function decode(codes: Uint8Array, options: DecodeOptions & { out: Uint16Array }): Promise<Uint16Array>
-export function decode(codes: Uint8Array, options: DecodeOptions & { dtype?: 'float32'; out?: Float32Array }): Promise<Float32Array>
-export function decode(codes: Uint8Array, options: DecodeOptions): Promise<Float32Array | Uint16Array>
-export async function decode(codes: Uint8Array, options: DecodeOptions): Promise<Float32Array | Uint16Array> {
+export function decode<Out extends DeviceMemory>(codes: Codes, options: DecodeOptions & { out: Out }): Promise<Out>
+export function decode(codes: Codes, options: DecodeOptions & { dtype: 'float16' | 'bfloat16' }): Promise<Uint16Array>
+export function decode(codes: Codes, options: DecodeOptions & { out: Uint16Array }): Promise<Uint16Array>
+export function decode(codes: Codes, options: DecodeOptions & { dtype?: 'float32'; out?: Float32Array }): Promise<Float32Array>
+export function decode(codes: Codes, options: DecodeOptions): Promise<Float32Array | Uint16Array | DeviceMemory>
+export async function decode(codes: Codes, options: DecodeOptions): Promise<Float32Array | Uint16Array | DeviceMemory> {
   const call = prepareDecode(codes, options)
   await abortable(options.signal, (cancel) => addon().decode({ ...call, cancel }))
-  return call.rows
+  return options.out ?? call.rows as Float32Array | Uint16Array
 }
 
 /** {@link decode} on the calling thread (and its helpers): blocks until it is done. */
-export function decodeSync(codes: Uint8Array, options: DecodeSyncOptions & { dtype: 'float16' }): Uint16Array
-export function decodeSync(codes: Uint8Array, options: DecodeSyncOptions & { out: Uint16Array }): Uint16Array
-export function decodeSync(codes: Uint8Array, options: DecodeSyncOptions & { dtype?: 'float32'; out?: Float32Array }): Float32Array
-export function decodeSync(codes: Uint8Array, options: DecodeSyncOptions): Float32Array | Uint16Array
-export function decodeSync(codes: Uint8Array, options: DecodeSyncOptions): Float32Array | Uint16Array {
+export function decodeSync<Out extends DeviceMemory>(codes: Codes, options: DecodeSyncOptions & { out: Out }): Out
+export function decodeSync(codes: Codes, options: DecodeSyncOptions & { dtype: 'float16' | 'bfloat16' }): Uint16Array
+export function decodeSync(codes: Codes, options: DecodeSyncOptions & { out: Uint16Array }): Uint16Array
+export function decodeSync(codes: Codes, options: DecodeSyncOptions & { dtype?: 'float32'; out?: Float32Array }): Float32Array
+export function decodeSync(codes: Codes, options: DecodeSyncOptions): Float32Array | Uint16Array | DeviceMemory
+export function decodeSync(codes: Codes, options: DecodeSyncOptions): Float32Array | Uint16Array | DeviceMemory {
   const call = prepareDecode(codes, options)
   refusePromiseOptions(options)
   addon().decodeSync(call)
-  return call.rows
+  return options.out ?? call.rows as Float32Array | Uint16Array
 }
 
-/** All but rows and codes. */
-type CodesCall = Omit<NativeCodesArguments, 'rows' | 'codes'>
+/** All but rows, codes and what they are made of. */
+type CodesCall = Omit<NativeCodesArguments, 'rows' | 'codes' | 'dtype' | 'device' | 'deviceIndex'>
 
 function prepare(options: CodesSyncOptions): CodesCall & { rowElements: number; codesBytes: number } {
   requireObject(options, 'options')
-  const { tokens, kvHeads, headDim, pageTokens, firstToken = 0, tables, threads, device } = options
+  const { tokens, kvHeads, headDim, pageTokens, firstToken = 0, threads, stream } = options
   const { groupChannels, codeBits, centroids } = codec(options.codec)
   requireInteger(tokens, 'tokens', 0)
   requireInteger(kvHeads, 'kvHeads', 1)
@@ -133,30 +153,51 @@ function prepare(options: CodesSyncOptions): CodesCall & { rowElements: number; 
   const { tokenStride = kvHeads * headDim, headStride = headDim } = options
   requireInteger(tokenStride, 'tokenStride', 0, Number.MAX_SAFE_INTEGER)
   requireInteger(headStride, 'headStride', 0, Number.MAX_SAFE_INTEGER)
-  requireArray(tables, 'tables', Float32Array, kvHeads * headDim * centroids)
+  const tables = tablesOf(options.tables, kvHeads * headDim * centroids)
   const rowElements = extent({ count: tokens, stride: tokenStride }, { count: kvHeads, stride: headStride }, { count: headDim, stride: 1 })
   const codeTokens = tokens === 0 ? 0 : firstToken + tokens
   return {
-    ...{ groupChannels, codeBits, tokens, kvHeads, headDim, pageTokens, firstToken, tokenStride, headStride, threads, device, tables },
+    ...{ groupChannels, codeBits, tokens, kvHeads, headDim, pageTokens, firstToken, tokenStride, headStride, threads, stream, tables },
     rowElements,
     codesBytes: addon().codesBytes({ groupChannels, codeBits, headDim, kvHeads, tokens: codeTokens, pageTokens }),
   }
 }
 
-function prepareEncode(rows: Rows, options: EncodeSyncOptions): NativeCodesArguments {
+function prepareEncode(rows: Rows | DeviceMemory, options: EncodeSyncOptions): NativeCodesArguments {
   const { rowElements, codesBytes: bytes, ...call } = prepare(options)
-  const elements = rowsOf(rows)
-  if (elements.length < rowElements) throwExpected(`an array of ${rowElements} or more elements`, 'rows', rows, true)
-  return { ...call, rows: elements, codes: resultArray(options.out, Uint8Array, bytes) }
+  const { out } = options
+  const elements = isDeviceMemory(rows) ? rows : rowsOf(rows)
+  if (!isDeviceMemory(elements) && elements.length < rowElements) throwExpected(`an array of ${rowElements} or more elements`, 'rows', rows, true)
+  return {
+    ...call,
+    ...deviceOf(options, [rows, out, options.tables]),
+    dtype: dtypeOf(elements, options.dtype),
+    rows: placeOf(elements),
+    codes: isDeviceMemory(out) ? placeOf(out) : resultArray(out, Uint8Array, bytes),
+  }
 }
 
-function prepareDecode(codes: Uint8Array, options: DecodeSyncOptions): NativeCodesArguments {
+function prepareDecode(codes: Codes, options: DecodeSyncOptions): NativeCodesArguments {
   const { rowElements, codesBytes: bytes, ...call } = prepare(options)
-  requireArray(codes, 'codes', Uint8Array, bytes)
-  const { out, dtype = isArray(out, Uint16Array) ? 'float16' : 'float32' } = options
-  if (!['float32', 'float16'].includes(dtype)) throwExpected('"float32" or "float16"', 'dtype', dtype, typeof dtype === 'string')
-  const kind: TypedArrayClass<Float32Array | Uint16Array> = dtype === 'float16' ? Uint16Array : Float32Array
-  return { ...call, codes, rows: resultArray<Float32Array | Uint16Array>(out, kind, rowElements) }
+  if (!isDeviceMemory(codes)) requireArray(codes, 'codes', Uint8Array, bytes)
+  const { out } = options
+  const dtype = dtypeOf(out, options.dtype)
+  const kind: TypedArrayClass<Float32Array | Uint16Array> = dtype === 'float32' ? Float32Array : Uint16Array
+  return {
+    ...call,
+    ...deviceOf(options, [codes, out, options.tables]),
+    dtype,
+    codes: placeOf(codes),
+    rows: isDeviceMemory(out) ? placeOf(out) : resultArray<Float32Array | Uint16Array>(out, kind, rowElements),
+  }
+}
+
+function dtypeOf(rows: Float32Array | Uint16Array | DeviceMemory | undefined, asked: ElementType | undefined): ElementType {
+  const own = isDeviceMemory(rows) && 'dtype' in rows ? rows.dtype : undefined
+  const dtype = asked ?? own ?? (isArray(rows, Uint16Array) ? 'float16' : 'float32')
+  if (!['float32', 'float16', 'bfloat16'].includes(dtype))
+    throwExpected('"float32", "float16" or "bfloat16"', 'dtype', dtype, typeof dtype === 'string')
+  return dtype
 }
 
 function rowsOf(rows: Rows): Float32Array | Uint16Array {

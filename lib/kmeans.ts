@@ -1,4 +1,5 @@
 import { extent, requireArray, requireCallOptions, requireInteger, requireObject, resultArray } from './arguments'
+import { type DeviceMemory, type DeviceOptions, deviceOf, isDeviceMemory, placeOf, type StreamOption } from './device'
 import { addon } from './native/addon'
 import { abortable, refusePromiseOptions } from './native/call'
 import type { NativeKmeansArguments } from './native/operations'
@@ -26,7 +27,7 @@ export interface KmeansProgress {
   iteration: number
 }
 
-export interface KmeansSyncOptions {
+export interface KmeansSyncOptions extends DeviceOptions, StreamOption {
   /** Independent problems in the batch. */
   problems: number
   /** Points of each problem. */
@@ -36,22 +37,20 @@ export interface KmeansSyncOptions {
   /** Centroids of each problem, 1 to 4096. */
   centroids: number
   /** Weight of each point, >= 0: float32 [problems][points], or [points] for all problems alike. Default: all 1. */
-  weights?: Float32Array | undefined
+  weights?: Float32Array | DeviceMemory | undefined
   /** Most Lloyd iterations; default 100. */
   iterations?: number | undefined
   /** A problem is done when an iteration lowers its inertia by less than this share; default 1e-6, 0 runs until nothing changes. */
   tolerance?: number | undefined
-  /** Same seed, same result, whatever the number of threads; default 0. A bigint is taken modulo 2 ** 64. */
+  /** Same seed, same result on the same kind of device, whatever the number of threads; default 0. A bigint is taken modulo 2 ** 64. */
   seed?: number | bigint | undefined
-  /** Threads to use; default 0, all cores. */
+  /** Threads of the CPU to use; default 0, all cores. */
   threads?: number | undefined
   layout?: KmeansLayout | undefined
   /** Also return the centroid of every point; default false. */
   assignments?: boolean | undefined
   /** Receives the centroids; default a new array. */
-  out?: Float32Array | undefined
-  /** Default 'cpu'. */
-  device?: 'cpu' | 'cuda' | undefined
+  out?: Float32Array | DeviceMemory | undefined
 }
 
 export interface KmeansOptions extends KmeansSyncOptions {
@@ -61,9 +60,9 @@ export interface KmeansOptions extends KmeansSyncOptions {
   onProgress?: ((progress: KmeansProgress) => void) | undefined
 }
 
-export interface KmeansResult {
+export interface KmeansResult<Centroids = Float32Array> {
   /** float32 [problems][centroids][channels] */
-  centroids: Float32Array
+  centroids: Centroids
   /** float64 [problems]: sum over the points of weight * squared distance to the nearest centroid. */
   inertia: Float64Array
   /** int32 [problems]: Lloyd iterations run. */
@@ -79,13 +78,19 @@ export interface KmeansResult {
  * last one is repeated; weights that are all 0 count as all 1. docs/algorithm.md has the formulas.
  *
  * Arrays are read in place while the promise is pending: neither change them nor transfer their buffers before it settles. Arrays
- * over a SharedArrayBuffer are welcome.
+ * over a SharedArrayBuffer are welcome. On a GPU they are uploaded, at most 256 MiB of points at a time; points, weights and `out` may be
+ * the device's own memory instead. A `stream` only says behind what the call comes: it is done when it returns all the same. Centroids of
+ * a GPU are as good as the CPU's, not the same.
  *
  * @param points float32 [problems][points][channels], or as `layout` says
  * @throws {RangeError} `ERR_COUPLET_NOT_FINITE` with problem, point and channel, for a NaN or an infinity in points or weights
  * @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT`
+ * @throws {CoupletError} `ERR_COUPLET_OUT_OF_MEMORY`, `ERR_COUPLET_BACKEND_UNAVAILABLE`, `ERR_COUPLET_DEVICE` when the device failed
  */
-export async function kmeans(points: Float32Array, options: KmeansOptions): Promise<KmeansResult> {
+export function kmeans<Out extends DeviceMemory>(points: Float32Array | DeviceMemory, options: KmeansOptions & { out: Out }): Promise<KmeansResult<Out>>
+export function kmeans(points: Float32Array | DeviceMemory, options: KmeansOptions & { out?: Float32Array | undefined }): Promise<KmeansResult>
+export function kmeans(points: Float32Array | DeviceMemory, options: KmeansOptions): Promise<KmeansResult<Float32Array | DeviceMemory>>
+export async function kmeans(points: Float32Array | DeviceMemory, options: KmeansOptions): Promise<KmeansResult<Float32Array | DeviceMemory>> {
   const call = prepare(points, options)
   const { onProgress } = options
   requireCallOptions(options)
@@ -96,21 +101,24 @@ export async function kmeans(points: Float32Array, options: KmeansOptions): Prom
       onProgress: onProgress && ((done, total, problem, iteration) => onProgress({ done, total, problem, iteration })),
     }),
   )
-  return resultOf(call)
+  return resultOf(call, options)
 }
 
 /** {@link kmeans} on the calling thread (and its helpers): blocks until it is done. */
-export function kmeansSync(points: Float32Array, options: KmeansSyncOptions): KmeansResult {
+export function kmeansSync<Out extends DeviceMemory>(points: Float32Array | DeviceMemory, options: KmeansSyncOptions & { out: Out }): KmeansResult<Out>
+export function kmeansSync(points: Float32Array | DeviceMemory, options: KmeansSyncOptions & { out?: Float32Array | undefined }): KmeansResult
+export function kmeansSync(points: Float32Array | DeviceMemory, options: KmeansSyncOptions): KmeansResult<Float32Array | DeviceMemory>
+export function kmeansSync(points: Float32Array | DeviceMemory, options: KmeansSyncOptions): KmeansResult<Float32Array | DeviceMemory> {
   const call = prepare(points, options)
   refusePromiseOptions(options)
   addon().kmeansSync(call)
-  return resultOf(call)
+  return resultOf(call, options)
 }
 
-function prepare(points: Float32Array, options: KmeansSyncOptions): NativeKmeansArguments {
+function prepare(points: Float32Array | DeviceMemory, options: KmeansSyncOptions): NativeKmeansArguments {
   requireObject(options, 'options')
   const { problems, points: pointCount, channels, centroids: centroidCount, weights, iterations: maxIterations = 100 } = options
-  const { tolerance = 1e-6, seed = 0, threads, layout = {}, device } = options
+  const { tolerance = 1e-6, seed = 0, threads, layout = {}, stream } = options
   requireInteger(problems, 'problems', 1)
   requireInteger(pointCount, 'points', 1)
   requireInteger(channels, 'channels', 1, 32)
@@ -121,17 +129,20 @@ function prepare(points: Float32Array, options: KmeansSyncOptions): NativeKmeans
   requireInteger(problemStride, 'problemStride', 0, Number.MAX_SAFE_INTEGER)
   requireInteger(pointStride, 'pointStride', 0, Number.MAX_SAFE_INTEGER)
   const pointAxes = [{ count: pointCount, stride: pointStride }, { count: channels, stride: 1 }]
-  requireArray(points, 'points', Float32Array, extent({ count: problems, stride: problemStride }, ...pointAxes))
-  const weightProblemStride = layout.weightProblemStride ?? (weights?.length === pointCount ? 0 : pointCount)
+  const leastPoints = extent({ count: problems, stride: problemStride }, ...pointAxes)
+  if (!isDeviceMemory(points)) requireArray(points, 'points', Float32Array, leastPoints)
+  const weightCount = isDeviceMemory(weights) ? weights.bytes / Float32Array.BYTES_PER_ELEMENT : weights?.length
+  const weightProblemStride = layout.weightProblemStride ?? (weightCount === pointCount ? 0 : pointCount)
+  const { out } = options
   return {
     problems,
     pointCount,
     channels,
     centroidCount,
-    points,
+    points: placeOf(points),
     problemStride,
     pointStride,
-    weights,
+    weights: placeOf(weights),
     weightProblemStride,
     weightPointStride,
     weightSharing,
@@ -139,14 +150,18 @@ function prepare(points: Float32Array, options: KmeansSyncOptions): NativeKmeans
     tolerance,
     seed,
     threads,
-    device,
-    centroids: resultArray(options.out, Float32Array, problems * centroidCount * channels),
+    ...deviceOf(options, [points, weights, out]),
+    stream,
+    centroids: isDeviceMemory(out) ? placeOf(out) : resultArray(out, Float32Array, problems * centroidCount * channels),
     inertia: resultArray(undefined, Float64Array, problems),
     iterations: resultArray(undefined, Int32Array, problems),
     assignments: options.assignments === true ? resultArray(undefined, Int32Array, problems * pointCount) : undefined,
   }
 }
 
-function resultOf({ centroids, inertia, iterations, assignments }: NativeKmeansArguments): KmeansResult {
-  return { centroids, inertia, iterations, ...(assignments && { assignments }) }
+function resultOf(
+  { centroids, inertia, iterations, assignments }: NativeKmeansArguments,
+  { out = centroids as Float32Array }: KmeansSyncOptions,
+): KmeansResult<Float32Array | DeviceMemory> {
+  return { centroids: out, inertia, iterations, ...(assignments && { assignments }) }
 }

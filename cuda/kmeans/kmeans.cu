@@ -9,6 +9,7 @@
 #include <cstdio>
 
 #include "../../native/common/control.h"
+#include "../../native/common/not_finite.h"
 #include "../backend.h"
 #include "problem.h"
 
@@ -350,11 +351,19 @@ class Run {
     attempt(cudaMemcpyAsync(&found, call_.workspace, sizeof found, cudaMemcpyDeviceToHost, stream_));
     attempt(cudaStreamSynchronize(stream_));
     if (status_ != COUPLET_OK || found.status == COUPLET_OK) return;
-    const char* const name = found.channel < 0 ? "weights" : "points";
-    status_ = fail(report_, static_cast<couplet_status>(found.status),
-                   {.kv_head = found.kv_head, .token = found.token, .channel = found.channel},
-                   "Expected finite numbers for `%s`%s but received another in problem %d, point %lld", name,
-                   found.channel < 0 ? ", 0 or more," : "", found.kv_head, static_cast<long long>(found.token));
+    int32_t const problem = found.kv_head;
+    bool const is_weight = found.channel < 0;
+    const float* const number =
+        is_weight
+            ? params_.weights + problem / params_.weight_sharing * params_.weight_problem_stride +
+                  found.token * params_.weight_point_stride
+            : params_.points + problem * params_.problem_stride + found.token * params_.point_stride + found.channel;
+    float value = 0;
+    attempt(cudaMemcpyAsync(&value, number, sizeof value, cudaMemcpyDeviceToHost, stream_));
+    attempt(cudaStreamSynchronize(stream_));
+    if (status_ != COUPLET_OK) return;
+    status_ = is_weight ? weight_not_allowed(report_, value, problem, found.token)
+                        : point_not_finite(report_, value, problem, found.token, found.channel);
   }
 
   couplet_kmeans_params const& params_;

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -42,16 +43,25 @@ namespace {
 // Work of a stream runs when somebody waits for it (a launcher that forgets to wait sees poison), or at once: by schedule.
 struct Queue {
   std::recursive_mutex mutex;
-  CUstream_st default_stream;
-  std::set<CUstream_st*> streams{&default_stream};
+  std::map<int, CUstream_st> default_streams;  // by device, made when it is first used
+  std::set<CUstream_st*> streams;
   int capturing = 0;
   bool failed = false;  // a kernel broke a rule
   Random random{options().seed};
 
   CUstream_st* stream(cudaStream_t handle) {
     bool const is_default = !handle || handle == cudaStreamLegacy || handle == cudaStreamPerThread;
-    auto* const stream = is_default ? &default_stream : handle;
+    auto* const stream = is_default ? default_stream() : handle;
     return streams.contains(stream) ? stream : nullptr;
+  }
+
+  CUstream_st* default_stream() {
+    auto const [entry, is_new] = default_streams.try_emplace(current_device());
+    if (is_new) {
+      entry->second.device = entry->first;
+      streams.insert(&entry->second);
+    }
+    return &entry->second;
   }
 
   cudaError_t sticky() {
@@ -86,10 +96,11 @@ struct Queue {
       return cudaSuccess;
     }
     // The default stream starts after all that blocking streams were given before, and they after it.
-    if (target == &default_stream && capturing) return refuse();
+    CUstream_st* const default_one = default_stream();
+    if (target == default_one && capturing) return refuse();
     for (CUstream_st* other : streams)
-      if (other != target && other->blocking && target->blocking &&
-          (target == &default_stream || other == &default_stream))
+      if (other != target && other->device == target->device && other->blocking && target->blocking &&
+          (target == default_one || other == default_one))
         run_all(*other);
     target->work.push_back(std::move(work));
     ++target->enqueued;

@@ -1,5 +1,5 @@
 import { Command, CommanderError } from 'commander'
-import { capabilities } from '../capabilities'
+import { packageVersion } from '../native/addon'
 import { calibrateCommand } from './calibrate'
 import { doctorCommand } from './doctor'
 import { evaluateCommand } from './evaluate'
@@ -17,7 +17,7 @@ export async function main(argv: readonly string[]): Promise<number> {
   process.once('SIGINT', onInterrupt)
   const program = new Command('couplet')
     .description('KV caches of language models at 4 down to 1 bit per channel')
-    .version(capabilities().version)
+    .version(packageVersion)
     .showHelpAfterError('(couplet --help shows what there is)')
   for (const command of [calibrateCommand(cancel.signal), evaluateCommand(cancel.signal), generateCommand(cancel.signal), doctorCommand()]) {
     program.addCommand(command.copyInheritedSettings(program))

@@ -3,11 +3,13 @@ import { dirname, join } from 'node:path'
 
 import { CoupletError } from '../errors'
 import type { CacheAddon } from './cache'
+import type { CapabilitiesAddon } from './capabilities'
+import type { DeviceAddon } from './device'
 import type { OnnxruntimeAddon } from './onnxruntime'
 import type { OperationsAddon } from './operations'
 
 /** All that native/binding exports. */
-export type Addon = OperationsAddon & CacheAddon & OnnxruntimeAddon
+export type Addon = CapabilitiesAddon & DeviceAddon & OperationsAddon & CacheAddon & OnnxruntimeAddon
 
 /** The package's folder: where package.json, build/ and prebuilds/ are, seen from lib/native as from dist/native. */
 export const packageRoot = dirname(dirname(__dirname))

@@ -1,10 +1,7 @@
+import type { Handle } from './handle'
 import type { NativeControl } from './operations'
 
-declare const kind: unique symbol
-interface Handle<Kind extends string> {
-  readonly [kind]: Kind
-}
-/** Handles of native/binding/cache.cc. The native object goes with its handle, at the latest. */
+/** Handles of native/binding/cache.cc. */
 export type NativeCodebook = Handle<'codebook'>
 export type NativeCache = Handle<'cache'>
 export type NativeSequence = Handle<'sequence'>

@@ -1,14 +1,7 @@
-/** A backend that this process has, or why it has it not. */
-export type BackendState = { available: true; variant: string } | { available: false; reason: string }
+import type { NativeDevice, NativeMemory, NativePlace } from './device'
+import type { Handle } from './handle'
 
-export interface NativeCapabilities {
-  version: string
-  abi: number
-  layout: number
-  isa: string
-  cores: number
-  backends: Record<'cpu' | 'cuda', BackendState>
-}
+export type NativeTables = Handle<'tables'>
 
 /** Members that every long call takes. */
 export interface NativeControl {
@@ -18,16 +11,22 @@ export interface NativeControl {
   onProgress?: ((done: number, total: number, problem: number, iteration: number) => void) | undefined
 }
 
+/** What a call on a device takes. */
+export interface NativeDeviceCall extends NativeDevice {
+  /** A cudaStream_t. */
+  stream?: bigint | undefined
+}
+
 /** couplet_kmeans_params (native/abi/operations.h); strides in elements. */
-export interface NativeKmeansArguments extends NativeControl {
+export interface NativeKmeansArguments extends NativeControl, NativeDeviceCall {
   problems: number
   pointCount: number
   channels: number
   centroidCount: number
-  points: Float32Array
+  points: Float32Array | NativeMemory
   problemStride: number
   pointStride: number
-  weights?: Float32Array | undefined
+  weights?: Float32Array | NativeMemory | undefined
   weightProblemStride: number
   weightPointStride: number
   weightSharing: number
@@ -35,9 +34,8 @@ export interface NativeKmeansArguments extends NativeControl {
   tolerance: number
   seed: number | bigint
   threads?: number | undefined
-  device?: string | undefined
   /** Out: [problems][centroidCount][channels]. */
-  centroids: Float32Array
+  centroids: Float32Array | NativeMemory
   /** Out: [problems]. */
   inertia: Float64Array
   /** Out: [problems]. */
@@ -46,35 +44,37 @@ export interface NativeKmeansArguments extends NativeControl {
   assignments?: Int32Array | undefined
 }
 
-/** couplet_encode_params and couplet_decode_params, and the table_params of their table; strides in elements. */
-export interface NativeCodesArguments extends NativeControl {
+/** couplet_table_params. */
+export interface NativeTablesArguments extends NativeDevice {
   groupChannels: number
   codeBits: number
-  tokens: number
   kvHeads: number
   headDim: number
+  /** [kvHeads][groups][centroids][groupChannels] */
+  tables: Float32Array
+}
+
+/** couplet_encode_params and couplet_decode_params, and the table_params of their table; strides in elements. */
+export interface NativeCodesArguments extends Omit<NativeTablesArguments, 'tables'>, NativeControl, NativeDeviceCall {
+  tokens: number
   pageTokens?: number | undefined
   firstToken?: number | undefined
   tokenStride: number
   headStride: number
   threads?: number | undefined
-  device?: string | undefined
-  /** [kvHeads][groups][centroids][groupChannels] */
-  tables: Float32Array
-  /** In for encode, out for decode; a Uint16Array holds the bits of float16. */
-  rows: Float32Array | Uint16Array
+  tables: Float32Array | NativeTables
+  /** With a stream a call only enqueues; rows and codes are then memory of the device, and tables prepared. */
+  dtype: 'float32' | 'float16' | 'bfloat16'
+  /** In for encode, out for decode; a Uint16Array holds the bits of float16 or bfloat16. */
+  rows: Float32Array | Uint16Array | NativeMemory
   /** Out for encode, in for decode: [pages][kvHeads][page bytes]. */
-  codes: Uint8Array
+  codes: Uint8Array | NativeMemory
 }
 
 export type NativeCodesShape = Pick<NativeCodesArguments, 'groupChannels' | 'codeBits' | 'headDim' | 'kvHeads' | 'tokens' | 'pageTokens'>
 
-/** What native/binding/operations.cc exports. Results go into the typed arrays of the arguments. */
+/** What native/binding/kmeans.cc and codes.cc export. Results go into the arrays of the arguments. */
 export interface OperationsAddon {
-  /** COUPLET_VERSION: the package version that the addon was built for. */
-  readonly version: string
-  /** Napi::Value capabilities(const Napi::CallbackInfo& info) */
-  capabilities(): NativeCapabilities
   /** Napi::Value codes_bytes(const Napi::CallbackInfo& info) */
   codesBytes(shape: NativeCodesShape): number
   /** Napi::Value promise_form<KmeansWorker>(const Napi::CallbackInfo& info) */
@@ -89,4 +89,12 @@ export interface OperationsAddon {
   decode(options: NativeCodesArguments): Promise<void>
   /** Napi::Value sync_form<DecodeWorker>(const Napi::CallbackInfo& info) */
   decodeSync(options: NativeCodesArguments): void
+  /** Napi::Value promise_form<PrepareWorker>(const Napi::CallbackInfo& info) */
+  prepareTables(options: NativeTablesArguments): Promise<NativeTables>
+  /** Napi::Value sync_form<PrepareWorker>(const Napi::CallbackInfo& info) */
+  prepareTablesSync(options: NativeTablesArguments): NativeTables
+  /** Napi::Value describe_tables(const Napi::CallbackInfo& info) */
+  describeTables(tables: NativeTables): NativePlace
+  /** Napi::Value dispose_tables(const Napi::CallbackInfo& info) */
+  disposeTables(tables: NativeTables): void
 }

@@ -5,7 +5,10 @@
 
 namespace couplet::binding {
 
-void export_operations(Napi::Env env, Napi::Object exports);   // kmeans, encode, decode, backends
+void export_capabilities(Napi::Env env, Napi::Object exports);  // versions, backends, devices
+void export_device(Napi::Env env, Napi::Object exports);        // memory of devices
+void export_kmeans(Napi::Env env, Napi::Object exports);
+void export_codes(Napi::Env env, Napi::Object exports);        // encode, decode, tables for them
 void export_cache(Napi::Env env, Napi::Object exports);        // codebooks, caches, sequences, steps
 void export_onnxruntime(Napi::Env env, Napi::Object exports);  // sessions with the attention operator
 

@@ -8,23 +8,37 @@
 
 namespace couplet::binding {
 
-inline constexpr int32_t most_threads = 256;  // of one call; what native/cpu/pool.h makes at most
+inline constexpr int64_t most_stride = int64_t{1}
+                                       << 48;  // of elements; the product with a count is checked where it is used
+inline constexpr int32_t most_threads = 256;   // of one call; what native/cpu/pool.h makes at most
 
-// `device`, default "cpu", and `deviceIndex`, default 0. "auto" is "cuda" where that can be had, else "cpu"; no other name ever means
-// another backend. The calling thread has selected the device when it returns.
-inline Device read_device(const Options& options) {
-  couplet_report report{};
-  std::string const name = options.string_or("device", "cpu");
-  const couplet_backend* backend = find_backend(name == "auto" ? "cuda" : name, &report);
-  if (!backend && name == "auto") backend = find_backend("cpu", &report);
-  if (!backend) throw error_of(options.env(), report);
-  Device const device(backend, options.integer_or("deviceIndex", 0, 0));
-  throw_unless_ok(options.env(), device.select(&report), report);
-  return device;
+// `device`, default "cpu", and `deviceIndex`, default 0: what was asked for. "auto" is "cuda" where that can be had, else "cpu"; no
+// other name ever means another backend.
+struct DeviceRequest {
+  std::string name;
+  int32_t index;
+
+  // On any thread; looking for CUDA takes a while the first time. The calling thread has selected the device when it returns.
+  couplet_status find(Device* device, couplet_report* report) const {
+    const couplet_backend* backend = find_backend(name == "auto" ? "cuda" : name, report);
+    if (!backend && name == "auto") backend = find_backend("cpu", report);
+    if (!backend) return COUPLET_BACKEND_UNAVAILABLE;
+    *device = Device(backend, index);
+    return device->select(report);
+  }
+};
+
+inline DeviceRequest read_device_request(const Options& options) {
+  return {options.string_or("device", "cpu"), options.integer_or("deviceIndex", 0, 0)};
 }
 
-// `device` alone, for operations that work on its first device.
-inline const couplet_backend* read_backend(const Options& options) { return read_device(options).backend; }
+// Found on the JS thread.
+inline Device read_device(const Options& options) {
+  Device device;
+  couplet_report report{};
+  throw_unless_ok(options.env(), read_device_request(options).find(&device, &report), report);
+  return device;
+}
 
 // `groupChannels` and `codeBits`.
 inline couplet_codec read_codec(const Options& options) {

@@ -109,6 +109,16 @@ Napi::Value run_async(Napi::Env env, std::unique_ptr<Worker> worker);
 // The Sync form: runs here and now, returns result() or throws.
 Napi::Value run_sync(Napi::Env env, std::unique_ptr<Worker> worker);
 
+// The two forms of a call whose arguments are one options object.
+template <class Call>
+Napi::Value promise_form(const Napi::CallbackInfo& info) {
+  return run_async(info.Env(), std::make_unique<Call>(Options(info[0])));
+}
+template <class Call>
+Napi::Value sync_form(const Napi::CallbackInfo& info) {
+  return run_sync(info.Env(), std::make_unique<Call>(Options(info[0])));
+}
+
 // The calls of one environment that are under way.
 class Runtime {
  public:

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 
+#include "../common/not_finite.h"
 #include "backend.h"
 #include "half.h"
 #include "isa.h"
@@ -48,11 +49,7 @@ couplet_status report_not_finite(const couplet_encode_params& p, int64_t tokens_
     for (int32_t kv_head = 0; kv_head < p.kv_heads; ++kv_head)
       for (int32_t channel = 0; channel < p.head_dim; ++channel)
         if (!is_finite_at(row_of(p, token, kv_head), channel, half))
-          return fail(report, COUPLET_NOT_FINITE,
-                      {.kv_head = kv_head, .token = tokens_before + token, .channel = channel},
-                      "Expected finite numbers for `rows` but received a NaN or an infinity at token %lld, kv head %d, "
-                      "channel %d",
-                      static_cast<long long>(tokens_before + token), kv_head, channel);
+          return rows_not_finite(report, tokens_before + token, kv_head, channel);
   return fail(report, COUPLET_INTERNAL, {}, "The values of `rows` changed while they were read");
 }
 

@@ -8,6 +8,7 @@
 
 #include "../common/check.h"
 #include "../common/control.h"
+#include "../common/not_finite.h"
 #include "backend.h"
 #include "kmeans_problem.h"
 #include "pool.h"
@@ -101,19 +102,14 @@ couplet_status check_numbers(const couplet_kmeans_params& params, int32_t proble
     for (int32_t c = 0; c < params.channels; ++c) {
       float const value = points[n * params.point_stride + c];
       if (std::isfinite(value)) continue;
-      return fail(report, COUPLET_NOT_FINITE, {.kv_head = problem, .token = n, .channel = c},
-                  "Expected finite numbers for `points` but received %f in problem %d, point %lld, channel %d",
-                  static_cast<double>(value), problem, static_cast<long long>(n), c);
+      return point_not_finite(report, value, problem, n, c);
     }
   if (!params.weights || problem % params.weight_sharing != 0) return COUPLET_OK;
   const float* const weights = params.weights + problem / params.weight_sharing * params.weight_problem_stride;
   for (int64_t n = first; n < end; ++n) {
     float const weight = weights[n * params.weight_point_stride];
     if (std::isfinite(weight) && weight >= 0) continue;
-    return fail(report, std::isfinite(weight) ? COUPLET_INVALID_ARGUMENT : COUPLET_NOT_FINITE,
-                {.kv_head = problem, .token = n},
-                "Expected finite numbers of 0 or more for `weights` but received %g in problem %d, point %lld",
-                static_cast<double>(weight), problem, static_cast<long long>(n));
+    return weight_not_allowed(report, weight, problem, n);
   }
   return COUPLET_OK;
 }

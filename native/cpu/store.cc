@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../common/check.h"
+#include "../common/not_finite.h"
 #include "backend.h"
 #include "half.h"
 
@@ -55,18 +56,15 @@ size_t workspace(const couplet_store_params*) { return 0; }
 
 couplet_status run(const couplet_store_params* params, void*, void*, couplet_report* report) {
   const couplet_store_params& p = *params;
-  couplet_status const status = for_each_row(p, [&](const couplet_store_run& run, int32_t token, int32_t head,
-                                                    int64_t at) {
-    if (p.dtype == COUPLET_FLOAT32 && is_finite(static_cast<const float*>(run.rows) + at, p.head_dim))
-      return COUPLET_OK;
-    for (int32_t channel = 0; channel < p.head_dim; ++channel)
-      if (!std::isfinite(element(p, run.rows, at + channel)))
-        return fail(report, COUPLET_NOT_FINITE, {.kv_head = head, .token = run.first_token + token, .channel = channel},
-                    "Expected finite numbers for `rows` but received a NaN or an infinity at token %lld, kv head %d, "
-                    "channel %d",
-                    static_cast<long long>(run.first_token + token), head, channel);
-    return COUPLET_OK;
-  });
+  couplet_status const status =
+      for_each_row(p, [&](const couplet_store_run& run, int32_t token, int32_t head, int64_t at) {
+        if (p.dtype == COUPLET_FLOAT32 && is_finite(static_cast<const float*>(run.rows) + at, p.head_dim))
+          return COUPLET_OK;
+        for (int32_t channel = 0; channel < p.head_dim; ++channel)
+          if (!std::isfinite(element(p, run.rows, at + channel)))
+            return rows_not_finite(report, run.first_token + token, head, channel);
+        return COUPLET_OK;
+      });
   if (status != COUPLET_OK) return status;
   return for_each_row(p, [&](const couplet_store_run& run, int32_t token, int32_t head, int64_t at) {
     float* const to = run.stored + token * run.stored_token_stride + head * run.stored_head_stride;

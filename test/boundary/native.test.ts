@@ -12,8 +12,9 @@ const rooms: Record<string, readonly string[]> = {
   cpu: ['abi', 'common'],
   dispatch: ['abi', 'common', 'cpu'],
   cache: ['abi', 'common'],
+  call: ['abi', 'common'],
   onnxruntime: ['abi', 'common', 'dispatch', 'cache'],
-  binding: ['abi', 'common', 'dispatch', 'cache', 'onnxruntime'],
+  binding: ['abi', 'common', 'dispatch', 'cache', 'call', 'onnxruntime'],
 }
 const nodeHeaders = /^(napi|node_api|js_native_api|uv|v8|node)\b.*\.h$/
 const intrinsics = /(intrin|arm_neon|arm_sve|cpuid)\.h$/

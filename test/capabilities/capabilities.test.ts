@@ -23,7 +23,14 @@ describe('capabilities', () => {
     assert.equal(layout, 1)
     assert.match(isa, /^(portable|avx2|avx512)$/)
     assert.ok(Number.isInteger(cores) && cores >= 1)
-    assert.deepEqual(backends.cpu, { available: true, variant: isa })
+    assert.ok(backends.cpu.available)
+    assert.equal(backends.cpu.variant, isa)
+    assert.equal(backends.cpu.driver, undefined)
+    const [device] = backends.cpu.devices
+    assert.ok(backends.cpu.devices.length === 1 && device && 'name' in device)
+    const { index, name, architecture, memoryBytes, freeBytes, multiprocessors } = device
+    assert.deepEqual([index, name, architecture, multiprocessors], [0, 'CPU', isa, cores])
+    assert.ok(freeBytes > 0 && freeBytes <= memoryBytes)
   })
 
   it('says why a backend is missing', () => {

@@ -2,8 +2,8 @@ import assert from 'node:assert/strict'
 
 import fc from 'fast-check'
 
-import { kmeans, kmeansSync } from '../../lib'
 import type { KmeansSyncOptions } from '../../lib'
+import { describeOn, operationsOn } from '../device/devices'
 import type { Problem } from './reference'
 import { evaluate, means, kmeans as reference } from './reference'
 
@@ -47,7 +47,9 @@ const shapes = fc.record({
   centroids: fc.constantFrom(1, 2, 3, 8, 16, 33, 64),
 })
 
-describe('kmeans', () => {
+describeOn('all', 'kmeans', (device) => {
+  const { kmeans, kmeansSync } = operationsOn(device)
+
   it('returns what it says: nearest centroids, their inertia, weighted means', () => {
     fc.assert(
       fc.property(shapes, fc.nat(), fc.boolean(), (shape, seed, weighted) => {
@@ -71,7 +73,7 @@ describe('kmeans', () => {
           assert.ok(Math.max(...off) < Math.sqrt(tieDistance), `a centroid is ${Math.max(...off)} off its mean`)
         }
       }),
-      { numRuns: 60 },
+      { numRuns: device === 'cpu' ? 60 : 12 },
     )
   })
 
@@ -102,7 +104,7 @@ describe('kmeans', () => {
   })
 
   it('gives the same bits in both forms, for any number of threads, and other ones for another seed', async () => {
-    const shape = { problems: 5, points: 3000, channels: 8, centroids: 64 }
+    const shape = { problems: 5, points: device === 'cpu' ? 3000 : 200, channels: 8, centroids: device === 'cpu' ? 64 : 16 }
     const batch = normals(shape.problems * shape.points * shape.channels, 4)
     const once = kmeansSync(batch, { ...shape, seed: 7, threads: 1, iterations: 12, assignments: true })
     for (const threads of [0, 2, 3, 7]) assert.deepEqual(await kmeans(batch, { ...shape, seed: 7, threads, iterations: 12, assignments: true }), once)

@@ -17,6 +17,9 @@ void gather_pages(const Region& region, StepRowState* row, int64_t sinks) {
   }
 }
 
+const Block* block_of(const BlockRef& held) { return held.get(); }
+const Block* block_of(const Block& planned) { return &planned; }
+
 // Whether the backend has so much at all. A system that overcommits grants small pieces without end and ends the process
 // when they are touched; one piece of the whole size it refuses.
 bool obtainable(const couplet_memory_entries& memory, int64_t bytes) {
@@ -64,6 +67,34 @@ couplet_status Cache::State::plan(std::span<const StepRow> rows, std::vector<Ste
     out->push_back(std::move(next));
   }
   return COUPLET_OK;
+}
+
+// Which tokens of a step lie where: the same in every layer.
+StepPlan Cache::State::plan_layers(const std::vector<StepRowState>& rows) const {
+  StepPlan plan;
+  auto const append = [](std::vector<Piece>* pieces, const Region& region, const auto& blocks, size_t row,
+                         int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end;) {
+      int64_t const index = region.index(token);
+      int64_t const next = std::min(end, region.first_token(index + 1));
+      pieces->push_back({row, token, next, block_of(blocks.at(index)), token - region.first_token(index)});
+      token = next;
+    }
+  };
+  for (size_t index = 0; index < rows.size(); ++index) {
+    const StepRowState& row = rows[index];
+    if (row.row.tokens == 0) continue;
+    plan.given.push_back({index, row.old_length, row.new_length});
+    append(&plan.kept, sinks, row.sinks, index, row.old_length, std::min(row.new_length, sinks.end));
+    append(&plan.kept, window, row.window, index, std::max(row.old_length, row.new_coded_end), row.new_length);
+    int64_t const held_end = std::min(row.new_coded_end, row.old_length);
+    size_t const first = plan.held.size();
+    append(&plan.held, window, row.sequence->window, index, row.old_coded_end, held_end);
+    if (plan.held.size() > first + 1) plan.gathered_tokens += held_end - row.old_coded_end;
+    int64_t const fresh_begin = std::max(row.old_coded_end, row.old_length);
+    if (fresh_begin < row.new_coded_end) plan.fresh.push_back({index, fresh_begin, row.new_coded_end});
+  }
+  return plan;
 }
 
 couplet_status Cache::State::reserve(std::vector<StepRowState>* rows, couplet_report* report) {
@@ -123,15 +154,17 @@ couplet_status Cache::begin(std::span<const StepRow> rows, Prefill prefill, std:
   step_state->prefill = state.config.window < 0 ? Prefill::exact : prefill;
   step_state->public_rows.assign(rows.begin(), rows.end());
   step_state->layer_done.resize(static_cast<size_t>(state.config.layers));
+  step_state->unread.reserve(static_cast<size_t>(state.config.layers));
+  step_state->plan = state.plan_layers(planned);
   state.open_steps.insert(step_state.get());
   // Nothing below can fail.
   step_state->rows = std::move(planned);
   for (const StepRowState& row : step_state->rows) row.sequence->in_step = true;
-  if (state.idle_scratch.empty()) {
-    step_state->scratch = Scratch(state.device.backend, &state.scratch_bytes);
+  if (state.idle_memory.empty()) {
+    step_state->memory = StepMemory(state.device.backend->memory, &state.scratch_bytes);
   } else {
-    step_state->scratch = std::move(state.idle_scratch.back());
-    state.idle_scratch.pop_back();
+    step_state->memory = std::move(state.idle_memory.back());
+    state.idle_memory.pop_back();
   }
   state.pool.note_peak();
   step->state_ = std::move(step_state);
@@ -142,6 +175,7 @@ couplet_status Cache::begin(std::span<const StepRow> rows, Prefill prefill, std:
 }
 
 void Cache::State::end_step(Step::State* step) noexcept {
+  if (device.select(nullptr) == COUPLET_OK) step->synchronize(nullptr);  // a lost device works on nothing
   for (StepRowState& row : step->rows) {
     row.codes = row.sinks = row.window = {};
     row.sequence->in_step = false;
@@ -150,10 +184,11 @@ void Cache::State::end_step(Step::State* step) noexcept {
   }
   step->phase = StepPhase::closed;
   step->codebook.reset();
-  if (!disposed && idle_scratch.size() < idle_scratch_count && step->scratch.bytes() <= idle_scratch_bytes) {
-    idle_scratch.push_back(std::move(step->scratch));  // has room: reserved when the cache was made
+  size_t const most_idle = device.is_host() ? idle_host_bytes : idle_device_bytes;
+  if (!disposed && idle_memory.size() < idle_memory_count && step->memory.bytes() <= most_idle) {
+    idle_memory.push_back(std::move(step->memory));  // has room: reserved when the cache was made
   } else {
-    step->scratch.release();
+    step->memory.release();
   }
   open_steps.erase(step);
 }
@@ -162,19 +197,17 @@ couplet_status Step::commit(couplet_report* report) {
   Cache::State& cache = *state_->cache->state_;
   std::lock_guard const lock(cache.mutex);
   if (cache.disposed) return fail(report, COUPLET_DISPOSED, {}, "The cache has been disposed; create another one");
-  switch (state_->phase) {
-    case StepPhase::closed:
-      return fail(report, COUPLET_DISPOSED, {}, "The step has been committed or aborted; begin another one");
-    case StepPhase::running:
-      return fail(report, COUPLET_BUSY, {}, "The step is computing a layer; await that before commit");
-    case StepPhase::failed:
-      return fail(report, COUPLET_INVALID_ARGUMENT, {}, "A layer of the step has failed; abort the step");
-    case StepPhase::open: break;
-  }
+  if (couplet_status const status = state_->enter(report)) return status;
   for (size_t layer = 0; layer < state_->layer_done.size(); ++layer) {
     if (state_->layer_done[layer]) continue;
     return fail(report, COUPLET_INVALID_ARGUMENT, {.layer = static_cast<int32_t>(layer)},
                 "Expected every layer to be given to the step before commit but layer %zu is missing", layer);
+  }
+  couplet_status status = cache.device.select(report);
+  if (status == COUPLET_OK) status = state_->finish(report);
+  if (status != COUPLET_OK) {
+    state_->phase = StepPhase::failed;
+    return status;
   }
   for (StepRowState& row : state_->rows) {
     Sequence& sequence = *row.sequence;

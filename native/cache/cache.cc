@@ -84,7 +84,7 @@ couplet_status Cache::create(Device device, const CacheConfig& config, std::shar
   state.sinks = {.end = config.sinks};
   state.window = {.begin = config.sinks};
   state.codebook = std::move(codebook);
-  state.idle_scratch.reserve(idle_scratch_count);
+  state.idle_memory.reserve(idle_memory_count);
   *out = std::move(cache);
   return COUPLET_OK;
 } catch (const std::bad_alloc&) {
@@ -233,7 +233,7 @@ void Cache::dispose() noexcept {
   }
   for (auto& [id, sequence] : state_->sequences) sequence.abandoned = true;
   std::erase_if(state_->sequences, [](const auto& entry) { return !entry.second.in_step; });
-  state_->idle_scratch.clear();
+  state_->idle_memory.clear();
   state_->codebook.reset();
 }
 

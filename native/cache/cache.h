@@ -60,14 +60,26 @@ struct CacheConfig {
   int64_t budget_bytes = 0;  // pages and raw blocks together; 0: unlimited
 };
 
+enum class Place { host, device };
+
+// Where rows lie, and their element type. On the CPU the two places are one, and the type is float32.
+struct RowFormat {
+  Place place = Place::host;
+  int32_t dtype = COUPLET_FLOAT32;
+};
+
 // What differs from layer to layer of a model; given with every attend.
 struct AttendOptions {
   const couplet_rotary* rotary = nullptr;
-  const float* head_sinks = nullptr;  // [query_heads]
+  int32_t positions = 0;              // the first that `rotary` has no angles for; 0: not said
+  const float* head_sinks = nullptr;  // [query_heads], in the memory of the cache's device
   float scale = 0;                    // 0: 1 / sqrt(head_dim)
   float softcap = 0;
   int32_t local_window = 0;
   const volatile int32_t* cancel = nullptr;  // read between pieces of the work; non-zero: COUPLET_CANCELLED
+  RowFormat inputs = {}, outputs = {};       // of all rows of the call
+  // A stream of the device, on which the call is enqueued: see Step. NULL: the default stream, and the call waits for it.
+  void* stream = nullptr;
 };
 
 using SequenceId = int64_t;
@@ -80,10 +92,10 @@ struct StepRow {
 // Rows of the new tokens of one sequence in one layer; element (token, head, channel) at
 // [token * token_stride + head * head_stride + channel], strides in elements.
 struct StepData {
-  const float* queries = nullptr;  // NULL with outputs NULL: append only
-  const float* keys = nullptr;     // before rotary
-  const float* values = nullptr;
-  float* outputs = nullptr;
+  const void* queries = nullptr;  // NULL with outputs NULL: append only
+  const void* keys = nullptr;     // before rotary
+  const void* values = nullptr;
+  void* outputs = nullptr;
   int64_t query_token_stride = 0, query_head_stride = 0;
   int64_t key_token_stride = 0, key_head_stride = 0;
   int64_t value_token_stride = 0, value_head_stride = 0;
@@ -149,6 +161,12 @@ class Cache : public std::enable_shared_from_this<Cache> {
 
 // New tokens of some sequences on their way through the layers. Each layer once, in any order, one call at a time.
 // Destroying an open step aborts it. After an error inside attend only abort is left.
+//
+// On a GPU everything of a step is enqueued on the stream of its calls; a call on another stream waits for the one before. A call
+// whose outputs are on the device, and that was given a stream, returns when it is enqueued: its rows belong to it until the stream
+// has got there, and a NaN or an infinity in them is an error of commit. All other calls are complete on return. commit, abort and
+// the end of a step wait for its stream, so that no other stream ever meets unfinished work in the blocks of a sequence, and no memory
+// is freed or used again under a kernel.
 class Step {
  public:
   ~Step();
@@ -161,6 +179,8 @@ class Step {
   // data: one entry per row. Stores keys and values of the new tokens and, where queries are given, writes outputs.
   couplet_status attend(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
                         couplet_report* report);
+  // Waits until all that was enqueued is done, so that commit and abort need not.
+  couplet_status synchronize(couplet_report* report);
   couplet_status commit(couplet_report* report);  // refuses while a layer is missing
   void abort() noexcept;  // while attend runs it takes effect when that ends; after commit it does nothing
 

@@ -9,6 +9,7 @@
 #include "../common/report.h"
 #include "blocks.h"
 #include "cache.h"
+#include "memory.h"
 
 namespace couplet {
 
@@ -22,51 +23,10 @@ struct Sequence {
   bool abandoned = false;
 };
 
-// Workspace of the backend's operations, handed from step to step. `counter` has the bytes of all scratch of a cache.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const couplet_backend* backend, std::atomic<int64_t>* counter) : backend_(backend), counter_(counter) {}
-  Scratch(Scratch&& other) noexcept { swap(other); }
-  Scratch& operator=(Scratch&& other) noexcept {
-    swap(other);
-    return *this;
-  }
-  ~Scratch() { release(); }
-
-  void* memory() const { return memory_; }
-  size_t bytes() const { return bytes_; }
-  bool grow(size_t wanted) {
-    if (wanted <= bytes_) return true;
-    release();
-    memory_ = backend_->memory.allocate(wanted);
-    bytes_ = memory_ ? wanted : 0;
-    counter_->fetch_add(static_cast<int64_t>(bytes_), std::memory_order_relaxed);
-    return memory_ != nullptr;
-  }
-  void release() {
-    if (!memory_) return;
-    backend_->memory.release(memory_, bytes_);
-    counter_->fetch_sub(static_cast<int64_t>(bytes_), std::memory_order_relaxed);
-    memory_ = nullptr;
-    bytes_ = 0;
-  }
-
- private:
-  void swap(Scratch& other) {
-    std::swap(backend_, other.backend_);
-    std::swap(counter_, other.counter_);
-    std::swap(memory_, other.memory_);
-    std::swap(bytes_, other.bytes_);
-  }
-  const couplet_backend* backend_ = nullptr;
-  std::atomic<int64_t>* counter_ = nullptr;
-  void* memory_ = nullptr;
-  size_t bytes_ = 0;
-};
-
-inline constexpr size_t idle_scratch_count = 4;
-inline constexpr size_t idle_scratch_bytes = size_t{4} << 20;  // more than this goes back to the system after its step
+// What is kept for the next steps. More goes back to the system; a device takes its time for that, and waits for all of its work.
+inline constexpr size_t idle_memory_count = 4;
+inline constexpr size_t idle_host_bytes = size_t{4} << 20;
+inline constexpr size_t idle_device_bytes = size_t{64} << 20;
 
 struct StepRowState {
   StepRow row;
@@ -74,8 +34,31 @@ struct StepRowState {
   int64_t old_length = 0, new_length = 0;
   int64_t old_coded_end = 0, new_coded_end = 0;
   Tail codes, sinks, window;
-  std::vector<uint8_t*> pages;  // the page table after the step; NULL where no code will ever lie (all sinks)
+  std::vector<uint8_t*> pages;           // the page table after the step; NULL where no code will ever lie (all sinks)
+  uint8_t* const* page_table = nullptr;  // that, in the device's memory
 };
+
+// Positions [begin, end) of a row of the step, in a block or, where that is NULL, in what the caller gives.
+struct Piece {
+  size_t row = 0;
+  int64_t begin = 0, end = 0;
+  const Block* block = nullptr;
+  int64_t slot = 0;  // of `begin` in the block
+
+  int32_t tokens() const { return static_cast<int32_t>(end - begin); }
+};
+
+// What a step does in each of its layers, in the order in which backends count the tokens.
+struct StepPlan {
+  std::vector<Piece> given;     // all new tokens, a piece for each row
+  std::vector<Piece> kept;      // new tokens that go into raw blocks
+  std::vector<Piece> held;      // tokens that leave the window from raw blocks
+  std::vector<Piece> fresh;     // new tokens that are coded at once
+  int64_t gathered_tokens = 0;  // held, of rows whose held tokens lie in more than one block
+};
+
+// What a report speaks of: one for each call of store or encode in a layer.
+enum class ReportSlot { convert, keep, held_keys, held_values, fresh_keys, fresh_values, count };
 
 enum class StepPhase { open, running, failed, closed };
 
@@ -85,33 +68,49 @@ struct Step::State {
   Prefill prefill = Prefill::exact;
   std::vector<StepRow> public_rows;
   std::vector<StepRowState> rows;
+  StepPlan plan;
   std::vector<bool> layer_done;
-  // Used by the one attend that runs:
-  Scratch scratch;
-  std::vector<couplet_dense_rows> dense;
-  std::vector<couplet_attend_sequence> sequences;
+  StepMemory memory;
   // Under the mutex of the cache:
   StepPhase phase = StepPhase::open;
   bool abort_wanted = false;
 
+  // Used by the one call that runs, or by the end of the step:
+  struct Unread {
+    int32_t layer;
+    uint32_t slots;  // a bit for each ReportSlot that was used
+  };
+  void* stream = nullptr;      // of the work that was enqueued last
+  bool enqueued = false;       // it may be under way
+  std::vector<Unread> unread;  // reports on the device that nobody has looked at
+  bool tables_uploaded = false;
+
+  Cache::State& owner() const { return *cache->state_; }
   couplet_status check_layer(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
                              couplet_report* report) const;
   couplet_status run_layer(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
                            couplet_report* report);
+  couplet_status enter(couplet_report* report) const;  // whether a call may run
+  couplet_status leave(couplet_status status, int32_t layer, couplet_report* report);
+  couplet_status synchronize(couplet_report* report);  // until what was enqueued is done
+  couplet_status finish(couplet_report* report);       // that, and tells of a NaN or an infinity in what it was given
+
+  // At least so many bytes; what the memory held is gone.
+  couplet_status reserve(Scratch* scratch, size_t bytes, couplet_report* report);
+  // Host memory that stays as it is until the device has read it; for a CPU, until the next layer.
+  couplet_status stage(size_t bytes, uint8_t** out, couplet_report* report);
+
+  size_t reports_bytes() const;  // of the start of memory.tables
+  void* report_place(int32_t layer, ReportSlot slot) const;
+  // `found` is of a backend, which knows calls and runs; this is about layers and positions.
+  couplet_status not_finite(int32_t layer, ReportSlot slot, const couplet_report& found, couplet_report* report) const;
 
  private:
-  couplet_status copy_shared(const StepRowState& row, int32_t layer, couplet_report* report);
-  couplet_status store_raw(const StepRowState& row, int32_t layer, const StepData& data, couplet_report* report);
-  couplet_status encode_leaving(const StepRowState& row, int32_t layer, const StepData& data, couplet_report* report);
-  couplet_status encode_run(const StepRowState& row, int32_t layer, const StepData& data, int64_t first_token,
-                            int64_t tokens, couplet_report* report);
-  void gather_dense(const StepRowState& row, const StepData& data, int32_t layer);
-  void gather_queries(const StepRowState& row, const StepData& data, int64_t begin, int64_t end, size_t dense_offset,
-                      size_t dense_count);
-  couplet_attend_params attend_params(int32_t layer, const AttendOptions& options) const;
-  couplet_status attend_rows(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
-                             couplet_report* report);
+  class Layer;
 };
+
+// More than store and encode of any backend want for a workspace, which begins with their report.
+inline constexpr size_t report_bytes = 512;
 
 struct Cache::State {
   State(Device owner, const CacheConfig& given)
@@ -129,7 +128,7 @@ struct Cache::State {
   std::shared_ptr<const Codebook> codebook;
   std::unordered_map<SequenceId, Sequence> sequences;
   std::unordered_set<Step::State*> open_steps;
-  std::vector<Scratch> idle_scratch;
+  std::vector<StepMemory> idle_memory;
   SequenceId next_id = 1;
   bool disposed = false;
 
@@ -147,6 +146,7 @@ struct Cache::State {
   couplet_status find_idle(SequenceId id, Sequence** out, couplet_report* report);  // one that is in no step
   couplet_status plan(std::span<const StepRow> rows, std::vector<StepRowState>* out, couplet_report* report);
   couplet_status reserve(std::vector<StepRowState>* rows, couplet_report* report);
+  StepPlan plan_layers(const std::vector<StepRowState>& rows) const;
   void trim(Sequence* sequence) const;        // drops the blocks in which nothing is live
   void end_step(Step::State* step) noexcept;  // frees what the step reserved and lets its sequences go
 };

@@ -49,13 +49,19 @@ couplet_status Capture::begin(const Step& step, couplet_report* report) {
                 row, static_cast<long long>(step.first_token(row)));
   }
 
+  Device const device = step.cache()->device();
+  if (memory_.key_weights && !device.is_host())
+    return fail(report, COUPLET_UNSUPPORTED, {},
+                "Attention weights are computed on the CPU but the cache is on device %s %d", device.backend->name,
+                device.index);
+
   row_tokens_.clear();
   slots_.clear();
   for (const StepRow& row : step.rows()) {
     row_tokens_.push_back(row.tokens);
     for (int32_t token = 0; token < row.tokens; ++token) slots_.push_back(draw_slot());
   }
-  backend_ = step.cache()->device().backend;
+  backend_ = device.backend;
   threads_ = config.threads;
   phase_ = Phase::running;
   return COUPLET_OK;
@@ -80,12 +86,14 @@ couplet_status Capture::add(int32_t layer, std::span<const StepData> data, const
           (static_cast<size_t>(kept) * static_cast<size_t>(shape_.layers) + static_cast<size_t>(layer)) * kv_heads;
       for (size_t h = 0; h < kv_heads; ++h) {
         auto const source = static_cast<int64_t>(h);
-        std::memcpy(memory_.keys + (head + h) * head_dim,
-                    rows.keys + token * rows.key_token_stride + source * rows.key_head_stride,
-                    head_dim * sizeof(float));
-        std::memcpy(memory_.values + (head + h) * head_dim,
-                    rows.values + token * rows.value_token_stride + source * rows.value_head_stride,
-                    head_dim * sizeof(float));
+        std::memcpy(
+            memory_.keys + (head + h) * head_dim,
+            static_cast<const float*>(rows.keys) + token * rows.key_token_stride + source * rows.key_head_stride,
+            head_dim * sizeof(float));
+        std::memcpy(
+            memory_.values + (head + h) * head_dim,
+            static_cast<const float*>(rows.values) + token * rows.value_token_stride + source * rows.value_head_stride,
+            head_dim * sizeof(float));
       }
       if (!memory_.key_weights) continue;
       size_t const weights = static_cast<size_t>(token) * kv_heads;
@@ -102,9 +110,9 @@ couplet_status Capture::weigh(const StepData& data, int32_t tokens, const Attend
   key_weights_.resize(count);
   value_weights_.resize(count);
   couplet_attention_weights_params const params{
-      .queries = data.queries,
-      .rows = {.keys = data.keys,
-               .values = data.values,
+      .queries = static_cast<const float*>(data.queries),
+      .rows = {.keys = static_cast<const float*>(data.keys),
+               .values = static_cast<const float*>(data.values),
                .key_token_stride = data.key_token_stride,
                .key_head_stride = data.key_head_stride,
                .value_token_stride = data.value_token_stride,

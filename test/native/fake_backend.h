@@ -2,6 +2,7 @@
 // allocated, and checks what the cache asks of it. Independent of native/cpu.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -92,7 +93,7 @@ inline couplet_status fake_create_table(const couplet_table_params* params, coup
   return COUPLET_OK;
 }
 
-inline couplet_status fake_encode(const couplet_encode_params* p, void*, void*, couplet_report* report) {
+inline couplet_status fake_encode_run(const couplet_encode_params* p, int64_t tokens_before, couplet_report* report) {
   const FakeTable* const table = fake_table(p->table);
   int32_t const group_channels = p->codec.group_channels;
   for (int32_t i = 0; i < p->tokens; ++i) {
@@ -102,7 +103,8 @@ inline couplet_status fake_encode(const couplet_encode_params* p, void*, void*, 
       uint8_t* const page = p->pages[token / p->page_tokens] + p->page_offset + head * p->page_stride;
       for (int32_t channel = 0; channel < p->head_dim; ++channel) {
         if (std::isfinite(row[channel])) continue;
-        return fail(report, COUPLET_NOT_FINITE, {.kv_head = head, .token = i, .channel = channel}, "Not finite");
+        return fail(report, COUPLET_NOT_FINITE, {.kv_head = head, .token = tokens_before + i, .channel = channel},
+                    "Not finite");
       }
       for (int32_t group = 0; group < couplet_codec_groups(p->codec, p->head_dim); ++group) {
         Bits::write(page + group * couplet_row_bytes(p->codec, p->page_tokens), token % p->page_tokens,
@@ -111,6 +113,54 @@ inline couplet_status fake_encode(const couplet_encode_params* p, void*, void*, 
     }
   }
   encoded_tokens += p->tokens;
+  return COUPLET_OK;
+}
+
+inline couplet_status fake_encode(const couplet_encode_params* p, void*, void*, couplet_report* report) {
+  if (!p->runs) return fake_encode_run(p, 0, report);
+  int64_t tokens_before = 0;
+  std::vector<const uint8_t*> octets;  // that an earlier run has written
+  for (int32_t index = 0; index < p->run_count; ++index) {
+    const couplet_encode_run& run = p->runs[index];
+    CHECK(run.tokens_before == tokens_before && run.tokens > 0 && run.tokens <= p->tokens, "run %d of %d tokens", index,
+          run.tokens);
+    tokens_before += run.tokens;
+    for (int64_t octet = run.first_token / 8; octet <= (run.first_token + run.tokens - 1) / 8; ++octet) {
+      const uint8_t* const place = run.pages[octet * 8 / p->page_tokens] + octet * 8 % p->page_tokens;
+      CHECK(std::find(octets.begin(), octets.end(), place) == octets.end(), "two runs write one octet");
+      octets.push_back(place);
+    }
+    couplet_encode_params single = *p;
+    single.rows = run.rows;
+    single.pages = run.pages;
+    single.token_stride = run.token_stride;
+    single.head_stride = run.head_stride;
+    single.first_token = run.first_token;
+    single.tokens = run.tokens;
+    if (couplet_status const status = fake_encode_run(&single, run.tokens_before, report)) return status;
+  }
+  return COUPLET_OK;
+}
+
+inline couplet_status fake_store(const couplet_store_params* p, void*, void*, couplet_report* report) {
+  int64_t first_token = 0;
+  for (int32_t index = 0; index < p->run_count; ++index) {
+    const couplet_store_run& run = p->runs[index];
+    CHECK(run.first_token == first_token && run.tokens > 0 && run.tokens <= p->most_tokens, "run %d of %d tokens",
+          index, run.tokens);
+    CHECK(p->dtype == COUPLET_FLOAT32, "dtype %d", p->dtype);
+    first_token += run.tokens;
+    for (int32_t i = 0; i < run.tokens; ++i)
+      for (int32_t head = 0; head < p->kv_heads; ++head)
+        for (int32_t channel = 0; channel < p->head_dim; ++channel) {
+          float const value =
+              static_cast<const float*>(run.rows)[i * run.token_stride + head * run.head_stride + channel];
+          if (!std::isfinite(value))
+            return fail(report, COUPLET_NOT_FINITE, {.kv_head = head, .token = run.first_token + i, .channel = channel},
+                        "Not finite");
+          run.stored[i * run.stored_token_stride + head * run.stored_head_stride + channel] = value;
+        }
+  }
   return COUPLET_OK;
 }
 
@@ -218,6 +268,10 @@ inline const couplet_backend* fake_backend() {
                       .workspace = [](const couplet_attend_params*) -> size_t { return 1024; },
                       .run = fake_attend,
                       .describe = nullptr};
+    backend.store = {.check = [](const couplet_store_params*, couplet_report*) { return COUPLET_OK; },
+                     .workspace = [](const couplet_store_params*) -> size_t { return 64; },
+                     .run = fake_store,
+                     .describe = nullptr};
     return backend;
   }();
   return &fake;

@@ -1,0 +1,678 @@
+// One layer of a step: bring rows to the device, copy what is shared, store what stays raw, encode what leaves the window, attend.
+// All of it is enqueued in a row; what its launches read of the host's is uploaded in one copy before the first of them.
+#include <cmath>
+#include <cstring>
+
+#include "state.h"
+
+namespace couplet {
+namespace {
+
+// Queries given to a CPU in one call, for each sequence: bounds its scratch and the time until a cancel is seen.
+constexpr int64_t host_query_slice = 256;
+
+size_t element_bytes(int32_t dtype) { return dtype == COUPLET_FLOAT32 ? 4 : 2; }
+
+const void* advance(const void* rows, int64_t elements, int32_t dtype) {
+  return static_cast<const uint8_t*>(rows) + elements * static_cast<int64_t>(element_bytes(dtype));
+}
+
+struct Strides {  // elements
+  int64_t token, head;
+};
+
+// Rows of `heads` heads from the given strides to no gaps between them, or back.
+struct Packed {
+  uint8_t* packed;
+  const void* given;
+  Strides strides;
+  int32_t tokens, heads, head_dim, dtype;
+
+  void pack() const {
+    for_each_run(
+        [](uint8_t* packed_run, uint8_t* given_run, size_t bytes) { std::memcpy(packed_run, given_run, bytes); });
+  }
+  void unpack() const {
+    for_each_run(
+        [](uint8_t* packed_run, uint8_t* given_run, size_t bytes) { std::memcpy(given_run, packed_run, bytes); });
+  }
+
+ private:
+  template <class Visit>
+  void for_each_run(const Visit& visit) const {
+    size_t const bytes = element_bytes(dtype);
+    int64_t const width = int64_t{heads} * head_dim;
+    bool const heads_touch = strides.head == head_dim || heads == 1;
+    bool const tokens_touch = heads_touch && (strides.token == width || tokens == 1);
+    int64_t const run = tokens_touch ? tokens * width : heads_touch ? width : head_dim;
+    auto* const rows = const_cast<uint8_t*>(static_cast<const uint8_t*>(given));
+    for (int64_t at = 0; at < tokens * width; at += run) {
+      int64_t const from = at / width * strides.token + at % width / head_dim * strides.head;
+      visit(packed + static_cast<size_t>(at) * bytes, rows + from * static_cast<int64_t>(bytes),
+            static_cast<size_t>(run) * bytes);
+    }
+  }
+};
+
+}  // namespace
+
+class Step::State::Layer {
+ public:
+  Layer(Step::State* step, int32_t layer, std::span<const StepData> data, const AttendOptions& options,
+        couplet_report* report)
+      : step_(*step),
+        owner_(step->owner()),
+        backend_(*owner_.device.backend),
+        layer_(layer),
+        data_(data),
+        options_(options),
+        report_(report ? report : &own_report_),
+        is_host_(owner_.device.is_host()),
+        uploads_(!is_host_ && options.inputs.place == Place::host),
+        downloads_(!is_host_ && options.outputs.place == Place::host),
+        placed_(data.begin(), data.end()) {}
+
+  couplet_status run();
+
+ private:
+  couplet_status bring_tables();
+  couplet_status bring_rows();
+  couplet_status bring_arrays();
+  couplet_status copy_shared();
+  couplet_status store_rows();
+  couplet_status encode_leaving();
+  couplet_status attend();
+  couplet_status take_outputs();
+
+  void place(Bump* bump);
+  void gather_stored();
+  void gather_leaving();
+  void gather_dense(const StepRowState& row, const StepData& data);
+  void gather_queries(const StepRowState& row, const StepData& data, int64_t begin, int64_t end, size_t dense_begin,
+                      size_t dense_end);
+  void gather_attended();
+  couplet_status store(const couplet_store_run* runs, size_t count, int32_t dtype, ReportSlot slot);
+  template <class Entries, class Params>
+  couplet_status call(const Entries& entries, const Params& params, ReportSlot slot);
+  couplet_attend_params attend_params() const;
+
+  bool cancelled() const { return options_.cancel && *options_.cancel; }
+  couplet_status upload(void* to, const void* from, size_t bytes) const {
+    return backend_.memory.upload(to, from, bytes, step_.stream, report_);
+  }
+  const float* block_rows(const Piece& piece, bool is_key) const {
+    const RawLayout& layout = owner_.raw_layout;
+    return (is_key ? layout.keys(*piece.block, layer_) : layout.values(*piece.block, layer_)) +
+           piece.slot * layout.head_dim;
+  }
+  // Keys or values of the new tokens from `position` on; float32 once they are placed.
+  static const void* given_rows(const StepData& data, bool is_key, int64_t token, int32_t dtype) {
+    return is_key ? advance(data.keys, token * data.key_token_stride, dtype)
+                  : advance(data.values, token * data.value_token_stride, dtype);
+  }
+  static Strides given_strides(const StepData& data, bool is_key) {
+    return is_key ? Strides{data.key_token_stride, data.key_head_stride}
+                  : Strides{data.value_token_stride, data.value_head_stride};
+  }
+
+  Step::State& step_;
+  Cache::State& owner_;
+  const couplet_backend& backend_;
+  int32_t const layer_;
+  std::span<const StepData> const data_;
+  const AttendOptions& options_;
+  couplet_report own_report_{};
+  couplet_report* const report_;
+  bool const is_host_, uploads_, downloads_;
+
+  std::vector<StepData> placed_;  // `data_` as the device reaches it, keys and values in float32
+  size_t uploaded_bytes_ = 0;     // of memory.rows, from its start
+  float* gathered_[2] = {};       // keys and values of tokens that leave the window, from several blocks
+  uint32_t slots_ = 0;            // of the reports that are under way
+
+  // On the host; what launches are given lies in memory.arrays.
+  std::vector<couplet_store_run> convert_, keep_;
+  std::vector<couplet_encode_run> held_[2], fresh_[2];  // keys, values
+  std::vector<couplet_dense_rows> dense_;
+  std::vector<couplet_attend_sequence> sequences_;
+  std::vector<size_t> dense_begins_;  // of each sequence
+  struct Slice {
+    size_t begin, end;  // in sequences_
+    int32_t most_queries;
+  };
+  std::vector<Slice> slices_;
+  struct Arrays {
+    couplet_store_run *convert, *keep;
+    couplet_encode_run *held[2], *fresh[2];
+    couplet_dense_rows* dense;
+    couplet_attend_sequence* sequences;
+  } arrays_{};
+};
+
+couplet_status Step::State::run_layer(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
+                                      couplet_report* report) {
+  return Layer(this, layer, data, options, report).run();
+}
+
+couplet_status Step::State::Layer::run() {
+  couplet_status status = owner_.device.select(report_);
+  if (status == COUPLET_OK && step_.stream != options_.stream) status = step_.synchronize(report_);
+  if (status != COUPLET_OK) return status;
+  step_.stream = options_.stream;
+  if (is_host_) step_.memory.staged = 0;
+  for (auto const part : {&Layer::bring_tables, &Layer::bring_rows, &Layer::bring_arrays, &Layer::copy_shared,
+                          &Layer::store_rows, &Layer::encode_leaving, &Layer::attend, &Layer::take_outputs}) {
+    if (cancelled())
+      return fail(report_, COUPLET_CANCELLED, {.layer = layer_}, "The attention of layer %d was cancelled", layer_);
+    status = (this->*part)();
+    step_.enqueued = !is_host_;  // whatever a part waited for before it enqueued its own
+    if (status != COUPLET_OK) return status;
+  }
+  if (slots_ && !is_host_) step_.unread.push_back({layer_, slots_});
+  bool const has_outputs = std::any_of(data_.begin(), data_.end(), [](const StepData& row) { return row.outputs; });
+  bool const only_enqueued = !is_host_ && options_.stream && !(downloads_ && has_outputs);
+  return only_enqueued ? COUPLET_OK : step_.finish(report_);
+}
+
+// ---- what the device reads -------------------------------------------------------------------------------------------
+
+// Reports, and the page tables of all rows, which are those of every layer.
+couplet_status Step::State::Layer::bring_tables() {
+  if (step_.tables_uploaded) return COUPLET_OK;
+  size_t pages = 0;
+  for (const StepRowState& row : step_.rows) pages += row.pages.size();
+  size_t const table_bytes = is_host_ ? 0 : pages * sizeof(uint8_t*);
+  couplet_status status = step_.reserve(&step_.memory.tables, step_.reports_bytes() + table_bytes, report_);
+  if (status != COUPLET_OK) return status;
+  auto** table = reinterpret_cast<uint8_t**>(step_.memory.tables.memory() + step_.reports_bytes());
+  uint8_t** const first = table;
+  for (StepRowState& row : step_.rows) {
+    row.page_table = is_host_ ? row.pages.data() : table;
+    table += row.pages.size();
+  }
+  step_.tables_uploaded = true;
+  if (table_bytes == 0) return COUPLET_OK;
+  uint8_t* staged = nullptr;
+  status = step_.stage(table_bytes, &staged, report_);
+  if (status != COUPLET_OK) return status;
+  for (size_t at = 0; const StepRowState& row : step_.rows) {
+    std::memcpy(staged + at, row.pages.data(), row.pages.size() * sizeof(uint8_t*));
+    at += row.pages.size() * sizeof(uint8_t*);
+  }
+  return upload(first, staged, table_bytes);
+}
+
+// Where rows lie that are not read or written in place. memory.rows: uploaded | converted | gathered | outputs.
+void Step::State::Layer::place(Bump* bump) {
+  const CacheConfig& config = owner_.config;
+  int64_t const kv_width = int64_t{config.kv_heads} * config.head_dim,
+                query_width = int64_t{config.query_heads} * config.head_dim;
+  int32_t const dtype = options_.inputs.dtype;
+  placed_.assign(data_.begin(), data_.end());
+  convert_.clear();
+  if (uploads_) {
+    for (const Piece& piece : step_.plan.given) {
+      StepData& row = placed_[piece.row];
+      auto const tokens = static_cast<size_t>(piece.tokens());
+      row.keys = bump->take(tokens * static_cast<size_t>(kv_width) * element_bytes(dtype));
+      row.values = bump->take(tokens * static_cast<size_t>(kv_width) * element_bytes(dtype));
+      row.key_token_stride = row.value_token_stride = kv_width;
+      row.key_head_stride = row.value_head_stride = row.query_head_stride = config.head_dim;
+      row.query_token_stride = query_width;
+      if (row.queries) row.queries = bump->take(tokens * static_cast<size_t>(query_width) * element_bytes(dtype));
+    }
+    uploaded_bytes_ = bump->bytes();
+  }
+  if (dtype != COUPLET_FLOAT32) {
+    int64_t first_token = 0;
+    for (const Piece& piece : step_.plan.given) {
+      StepData& row = placed_[piece.row];
+      for (bool const is_key : {true, false}) {
+        Strides const from = given_strides(row, is_key);
+        convert_.push_back({.rows = is_key ? row.keys : row.values,
+                            .stored = bump->take<float>(static_cast<size_t>(piece.tokens() * kv_width)),
+                            .token_stride = from.token,
+                            .head_stride = from.head,
+                            .stored_token_stride = kv_width,
+                            .stored_head_stride = config.head_dim,
+                            .first_token = first_token,
+                            .tokens = piece.tokens(),
+                            .reserved = 0});
+        first_token += piece.tokens();
+        (is_key ? row.keys : row.values) = convert_.back().stored;
+      }
+      row.key_token_stride = row.value_token_stride = kv_width;
+      row.key_head_stride = row.value_head_stride = config.head_dim;
+    }
+  }
+  for (float*& gathered : gathered_)
+    gathered = bump->take<float>(static_cast<size_t>(step_.plan.gathered_tokens * kv_width));
+  if (!downloads_) return;
+  for (const Piece& piece : step_.plan.given) {
+    StepData& row = placed_[piece.row];
+    if (!row.outputs) continue;
+    row.outputs = bump->take(static_cast<size_t>(piece.tokens() * query_width) * element_bytes(options_.outputs.dtype));
+    row.output_token_stride = query_width;
+    row.output_head_stride = config.head_dim;
+  }
+}
+
+couplet_status Step::State::Layer::bring_rows() {
+  const CacheConfig& config = owner_.config;
+  Bump measure(nullptr);
+  place(&measure);
+  if (measure.bytes() == 0) return COUPLET_OK;
+  couplet_status status = step_.reserve(&step_.memory.rows, measure.bytes(), report_);
+  if (status != COUPLET_OK) return status;
+  uint8_t* const base = step_.memory.rows.memory();
+  Bump bump(base);
+  place(&bump);
+  if (uploaded_bytes_ == 0) return COUPLET_OK;
+  uint8_t* staged = nullptr;
+  status = step_.stage(uploaded_bytes_, &staged, report_);
+  if (status != COUPLET_OK) return status;
+  size_t const bytes = element_bytes(options_.inputs.dtype);
+  size_t at = 0;  // in the order of place()
+  auto const pack = [&](const void* rows, Strides strides, int32_t tokens, int32_t heads) {
+    Packed{staged + at, rows, strides, tokens, heads, config.head_dim, options_.inputs.dtype}.pack();
+    at += (static_cast<size_t>(tokens) * static_cast<size_t>(heads * config.head_dim) * bytes + 255) / 256 * 256;
+  };
+  for (const Piece& piece : step_.plan.given) {
+    const StepData& row = data_[piece.row];
+    pack(row.keys, given_strides(row, true), piece.tokens(), config.kv_heads);
+    pack(row.values, given_strides(row, false), piece.tokens(), config.kv_heads);
+    if (row.queries)
+      pack(row.queries, {row.query_token_stride, row.query_head_stride}, piece.tokens(), config.query_heads);
+  }
+  return upload(base, staged, uploaded_bytes_);
+}
+
+couplet_status Step::State::Layer::bring_arrays() {
+  gather_stored();
+  gather_leaving();
+  gather_attended();
+  auto const lay_out = [this](Bump* bump) {
+    arrays_.convert = bump->take<couplet_store_run>(convert_.size());
+    arrays_.keep = bump->take<couplet_store_run>(keep_.size());
+    for (int side : {0, 1}) {
+      arrays_.held[side] = bump->take<couplet_encode_run>(held_[side].size());
+      arrays_.fresh[side] = bump->take<couplet_encode_run>(fresh_[side].size());
+    }
+    arrays_.dense = bump->take<couplet_dense_rows>(dense_.size());
+    arrays_.sequences = bump->take<couplet_attend_sequence>(sequences_.size());
+  };
+  Bump measure(nullptr);
+  lay_out(&measure);
+  size_t const bytes = measure.bytes();
+  if (bytes == 0) return COUPLET_OK;
+  if (couplet_status const status = is_host_ ? COUPLET_OK : step_.reserve(&step_.memory.arrays, bytes, report_))
+    return status;
+  uint8_t* staged = nullptr;
+  if (couplet_status const status = step_.stage(bytes, &staged, report_)) return status;
+  uint8_t* const base = is_host_ ? staged : step_.memory.arrays.memory();
+  Bump bump(base);
+  lay_out(&bump);
+  for (size_t index = 0; index < sequences_.size(); ++index)
+    sequences_[index].dense = arrays_.dense + dense_begins_[index];
+  auto const put = [&](const auto& values, const void* place) {
+    size_t const offset = static_cast<size_t>(static_cast<const uint8_t*>(place) - base);
+    if (!values.empty()) std::memcpy(staged + offset, values.data(), values.size() * sizeof values[0]);
+  };
+  put(convert_, arrays_.convert);
+  put(keep_, arrays_.keep);
+  for (int side : {0, 1}) {
+    put(held_[side], arrays_.held[side]);
+    put(fresh_[side], arrays_.fresh[side]);
+  }
+  put(dense_, arrays_.dense);
+  put(sequences_, arrays_.sequences);
+  return is_host_ ? COUPLET_OK : upload(base, staged, bytes);
+}
+
+// ---- what goes into blocks -------------------------------------------------------------------------------------------
+
+// A block that another sequence holds too is copied layer by layer, just before its copy is written.
+couplet_status Step::State::Layer::copy_shared() {
+  auto const copy = backend_.memory.copy;
+  for (const StepRowState& row : step_.rows) {
+    if (row.codes.original) {
+      const CodeLayout& layout = owner_.code_layout;
+      auto const layer = static_cast<size_t>(layer_);
+      int64_t const begin = layout.key_offsets[layer];
+      int64_t const end = layout.value_offsets[layer] + owner_.config.kv_heads * layout.value_page_stride;
+      couplet_status const status =
+          copy(row.codes.blocks.front()->memory() + begin, row.codes.original->memory() + begin,
+               static_cast<size_t>(end - begin), step_.stream, report_);
+      if (status != COUPLET_OK) return status;
+    }
+    for (const Tail* tail : {&row.sinks, &row.window}) {
+      if (!tail->original) continue;
+      const RawLayout& layout = owner_.raw_layout;
+      int64_t const bytes = layout.block_bytes(tail->original->tokens()) / layout.layers;
+      couplet_status const status =
+          copy(layout.keys(*tail->blocks.front(), layer_), layout.keys(*tail->original, layer_),
+               static_cast<size_t>(bytes), step_.stream, report_);
+      if (status != COUPLET_OK) return status;
+    }
+  }
+  return COUPLET_OK;
+}
+
+// New tokens that are sinks or still in the window after the step go into their raw blocks.
+void Step::State::Layer::gather_stored() {
+  const RawLayout& layout = owner_.raw_layout;
+  int64_t first_token = 0;
+  for (const Piece& piece : step_.plan.kept) {
+    const StepData& data = placed_[piece.row];
+    for (bool const is_key : {true, false}) {
+      Strides const from = given_strides(data, is_key);
+      int64_t const token = piece.begin - step_.rows[piece.row].old_length;
+      keep_.push_back({.rows = given_rows(data, is_key, token, COUPLET_FLOAT32),
+                       .stored = const_cast<float*>(block_rows(piece, is_key)),
+                       .token_stride = from.token,
+                       .head_stride = from.head,
+                       .stored_token_stride = layout.head_dim,
+                       .stored_head_stride = layout.head_stride(*piece.block),
+                       .first_token = first_token,
+                       .tokens = piece.tokens(),
+                       .reserved = 0});
+      first_token += piece.tokens();
+    }
+  }
+}
+
+// Tokens [old_coded_end, new_coded_end): first those that the row holds raw, then the others, straight from the input. A row has one
+// run of each, so that no two runs of a call write into the same octet of a page; where raw ones lie in several blocks, `keep_`
+// gathers them.
+void Step::State::Layer::gather_leaving() {
+  const RawLayout& layout = owner_.raw_layout;
+  int64_t const kv_width = int64_t{layout.kv_heads} * layout.head_dim;
+  int64_t gathered = 0, tokens_before = 0;
+  const std::vector<Piece>& held = step_.plan.held;
+  for (size_t first = 0, end = 0; first < held.size(); first = end) {
+    while (end < held.size() && held[end].row == held[first].row) ++end;
+    int64_t const tokens = held[end - 1].end - held[first].begin;
+    bool const is_gathered = end > first + 1;
+    for (int const side : {0, 1}) {
+      bool const is_key = side == 0;
+      for (size_t index = first; index < end && is_gathered; ++index) {
+        const Piece& piece = held[index];
+        keep_.push_back({.rows = block_rows(piece, is_key),
+                         .stored = gathered_[side] + (gathered + piece.begin - held[first].begin) * kv_width,
+                         .token_stride = layout.head_dim,
+                         .head_stride = layout.head_stride(*piece.block),
+                         .stored_token_stride = kv_width,
+                         .stored_head_stride = layout.head_dim,
+                         .first_token = keep_.empty() ? 0 : keep_.back().first_token + keep_.back().tokens,
+                         .tokens = piece.tokens(),
+                         .reserved = 0});
+      }
+      held_[side].push_back(
+          {.rows = is_gathered ? gathered_[side] + gathered * kv_width : block_rows(held[first], is_key),
+           .pages = step_.rows[held[first].row].page_table,
+           .token_stride = is_gathered ? kv_width : layout.head_dim,
+           .head_stride = is_gathered ? layout.head_dim : layout.head_stride(*held[first].block),
+           .first_token = held[first].begin,
+           .tokens_before = tokens_before,
+           .tokens = static_cast<int32_t>(tokens),
+           .reserved = 0});
+    }
+    if (is_gathered) gathered += tokens;
+    tokens_before += tokens;
+  }
+  tokens_before = 0;
+  for (const Piece& piece : step_.plan.fresh) {
+    const StepData& data = placed_[piece.row];
+    for (int const side : {0, 1}) {
+      Strides const from = given_strides(data, side == 0);
+      int64_t const token = piece.begin - step_.rows[piece.row].old_length;
+      fresh_[side].push_back({.rows = given_rows(data, side == 0, token, COUPLET_FLOAT32),
+                              .pages = step_.rows[piece.row].page_table,
+                              .token_stride = from.token,
+                              .head_stride = from.head,
+                              .first_token = piece.begin,
+                              .tokens_before = tokens_before,
+                              .tokens = piece.tokens(),
+                              .reserved = 0});
+    }
+    tokens_before += piece.tokens();
+  }
+}
+
+template <class Entries, class Params>
+couplet_status Step::State::Layer::call(const Entries& entries, const Params& params, ReportSlot slot) {
+  couplet_status status = entries.check(&params, report_);
+  if (status != COUPLET_OK) return status;
+  if (size_t const workspace = entries.workspace(&params); workspace > report_bytes)
+    return fail(report_, COUPLET_INTERNAL, {.layer = layer_}, "A backend asks for %zu bytes beside a report",
+                workspace);
+  status = entries.run(&params, step_.report_place(layer_, slot), step_.stream, report_);
+  if (status == COUPLET_NOT_FINITE) return step_.not_finite(layer_, slot, couplet_report(*report_), report_);
+  if (status == COUPLET_OK) slots_ |= 1u << static_cast<uint32_t>(slot);
+  return status;
+}
+
+couplet_status Step::State::Layer::store(const couplet_store_run* runs, size_t count, int32_t dtype, ReportSlot slot) {
+  if (count == 0) return COUPLET_OK;
+  const std::vector<couplet_store_run>& given = slot == ReportSlot::convert ? convert_ : keep_;
+  int32_t most_tokens = 0;
+  for (const couplet_store_run& run : given) most_tokens = std::max(most_tokens, run.tokens);
+  couplet_store_params const params = {.runs = runs,
+                                       .run_count = static_cast<int32_t>(count),
+                                       .most_tokens = most_tokens,
+                                       .kv_heads = owner_.config.kv_heads,
+                                       .head_dim = owner_.config.head_dim,
+                                       .dtype = dtype,
+                                       .reserved = 0};
+  return call(backend_.store, params, slot);
+}
+
+couplet_status Step::State::Layer::store_rows() {
+  couplet_status const status = store(arrays_.convert, convert_.size(), options_.inputs.dtype, ReportSlot::convert);
+  return status == COUPLET_OK ? store(arrays_.keep, keep_.size(), COUPLET_FLOAT32, ReportSlot::keep) : status;
+}
+
+couplet_status Step::State::Layer::encode_leaving() {
+  for (bool const is_held : {true, false})
+    for (int const side : {0, 1}) {
+      const std::vector<couplet_encode_run>& runs = is_held ? held_[side] : fresh_[side];
+      if (runs.empty()) continue;
+      const CodeLayout& layout = owner_.code_layout;
+      const LayerTables& tables = step_.codebook->layer(layer_);
+      const Codebook::Shape& shape = step_.codebook->shape();
+      couplet_encode_params params = {};
+      params.table = side == 0 ? tables.key : tables.value;
+      params.page_offset = (side == 0 ? layout.key_offsets : layout.value_offsets)[static_cast<size_t>(layer_)];
+      params.page_stride = side == 0 ? layout.key_page_stride : layout.value_page_stride;
+      params.kv_heads = owner_.config.kv_heads;
+      params.head_dim = owner_.config.head_dim;
+      params.page_tokens = owner_.config.page_tokens;
+      params.dtype = COUPLET_FLOAT32;
+      params.threads = owner_.config.threads;
+      params.codec = side == 0 ? shape.key_codec : shape.value_codec;
+      params.runs = is_held ? arrays_.held[side] : arrays_.fresh[side];
+      params.run_count = static_cast<int32_t>(runs.size());
+      for (const couplet_encode_run& run : runs) params.tokens = std::max(params.tokens, run.tokens);
+      ReportSlot const slot = is_held ? (side == 0 ? ReportSlot::held_keys : ReportSlot::held_values)
+                                      : (side == 0 ? ReportSlot::fresh_keys : ReportSlot::fresh_values);
+      if (couplet_status const status = call(backend_.encode, params, slot)) return status;
+    }
+  return COUPLET_OK;
+}
+
+// ---- attention -------------------------------------------------------------------------------------------------------
+
+// All that the row holds in full precision, ascending: sinks, window, and the new tokens where they were placed.
+void Step::State::Layer::gather_dense(const StepRowState& row, const StepData& data) {
+  const RawLayout& layout = owner_.raw_layout;
+  auto const append = [&](const BlockList& list, const Region& region, int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end;) {
+      int64_t const index = region.index(token);
+      const Block& block = *list.at(index);
+      int64_t const next = std::min(end, region.first_token(index + 1));
+      int64_t const slot_offset = (token - region.first_token(index)) * layout.head_dim;
+      dense_.push_back({.keys = layout.keys(block, layer_) + slot_offset,
+                        .values = layout.values(block, layer_) + slot_offset,
+                        .key_token_stride = layout.head_dim,
+                        .key_head_stride = layout.head_stride(block),
+                        .value_token_stride = layout.head_dim,
+                        .value_head_stride = layout.head_stride(block),
+                        .first_token = static_cast<int32_t>(token),
+                        .tokens = static_cast<int32_t>(next - token)});
+      token = next;
+    }
+  };
+  append(row.sequence->sinks, owner_.sinks, 0, std::min(row.old_length, owner_.sinks.end));
+  append(row.sequence->window, owner_.window, row.old_coded_end, row.old_length);
+  dense_.push_back({.keys = static_cast<const float*>(data.keys),
+                    .values = static_cast<const float*>(data.values),
+                    .key_token_stride = data.key_token_stride,
+                    .key_head_stride = data.key_head_stride,
+                    .value_token_stride = data.value_token_stride,
+                    .value_head_stride = data.value_head_stride,
+                    .first_token = static_cast<int32_t>(row.old_length),
+                    .tokens = row.row.tokens});
+}
+
+// Queries [begin, end) of positions. A query reads codes up to where its own window begins (with Prefill::exact of the
+// tokens before the step alone, so that one token after another sees the same in both modes), but never fewer than the
+// sequence had before: after a truncate tokens are coded that its window would want raw. The backend's rule
+// min(coded_end, t - window + 1) has no such floor, so the first queries go as a sequence of their own.
+void Step::State::Layer::gather_queries(const StepRowState& row, const StepData& data, int64_t begin, int64_t end,
+                                        size_t dense_begin, size_t dense_end) {
+  const CacheConfig& config = owner_.config;
+  auto const append = [&](int64_t first, int64_t last, int64_t coded_end, int32_t window) {
+    if (first >= last) return;
+    int64_t const offset = first - row.old_length;
+    bool const has_codes = coded_end > config.sinks;
+    dense_begins_.push_back(dense_begin);
+    sequences_.push_back(
+        {.queries = advance(data.queries, offset * data.query_token_stride, options_.inputs.dtype),
+         .outputs = const_cast<void*>(advance(data.outputs, offset * data.output_token_stride, options_.outputs.dtype)),
+         .pages = has_codes ? row.page_table : nullptr,
+         .dense = nullptr,
+         .query_token_stride = data.query_token_stride,
+         .query_head_stride = data.query_head_stride,
+         .output_token_stride = data.output_token_stride,
+         .output_head_stride = data.output_head_stride,
+         .dense_count = static_cast<int32_t>(dense_end - dense_begin),
+         .first_query = static_cast<int32_t>(first),
+         .query_tokens = static_cast<int32_t>(last - first),
+         .coded_begin = has_codes ? config.sinks : 0,
+         .coded_end = has_codes ? static_cast<int32_t>(coded_end) : 0,
+         .window = has_codes ? window : 0});
+    slices_.back().most_queries = std::max(slices_.back().most_queries, static_cast<int32_t>(last - first));
+  };
+  int64_t const last_coded =
+      step_.prefill == Prefill::exact ? std::min(row.new_coded_end, row.old_length) : row.new_coded_end;
+  int64_t const own_window = std::clamp(row.old_coded_end + config.window - 1, begin, end);
+  append(begin, own_window, row.old_coded_end, 0);
+  append(own_window, end, std::max(row.old_coded_end, last_coded), config.window);
+}
+
+void Step::State::Layer::gather_attended() {
+  int64_t most_queries = 0;
+  std::vector<size_t> dense_begins;
+  for (size_t index = 0; index < step_.rows.size(); ++index) {
+    dense_begins.push_back(dense_.size());
+    if (step_.rows[index].row.tokens == 0 || !placed_[index].queries) continue;
+    most_queries = std::max<int64_t>(most_queries, step_.rows[index].row.tokens);
+    gather_dense(step_.rows[index], placed_[index]);
+  }
+  dense_begins.push_back(dense_.size());
+  int64_t const slice_queries = is_host_ ? host_query_slice : most_queries;
+  for (int64_t slice = 0; slice < most_queries; slice += slice_queries) {
+    slices_.push_back({sequences_.size(), 0, 0});
+    for (size_t index = 0; index < step_.rows.size(); ++index) {
+      const StepRowState& row = step_.rows[index];
+      if (!placed_[index].queries || slice >= row.row.tokens) continue;
+      gather_queries(row, placed_[index], row.old_length + slice,
+                     std::min(row.new_length, row.old_length + slice + slice_queries), dense_begins[index],
+                     dense_begins[index + 1]);
+    }
+    slices_.back().end = sequences_.size();
+  }
+}
+
+couplet_attend_params Step::State::Layer::attend_params() const {
+  const CacheConfig& config = owner_.config;
+  couplet_attend_params params = {};
+  params.rotary = options_.rotary;
+  params.head_sinks = options_.head_sinks;
+  params.query_heads = config.query_heads;
+  params.kv_heads = config.kv_heads;
+  params.head_dim = config.head_dim;
+  params.page_tokens = config.page_tokens;
+  params.local_window = options_.local_window;
+  params.scale = options_.scale != 0 ? options_.scale : 1 / std::sqrt(static_cast<float>(config.head_dim));
+  params.softcap = options_.softcap;
+  params.threads = config.threads;
+  params.query_dtype = options_.inputs.dtype;
+  params.output_dtype = options_.outputs.dtype;
+  if (!step_.codebook) return params;
+  const CodeLayout& layout = owner_.code_layout;
+  params.key_table = step_.codebook->layer(layer_).key;
+  params.value_table = step_.codebook->layer(layer_).value;
+  params.key_page_offset = layout.key_offsets[static_cast<size_t>(layer_)];
+  params.key_page_stride = layout.key_page_stride;
+  params.value_page_offset = layout.value_offsets[static_cast<size_t>(layer_)];
+  params.value_page_stride = layout.value_page_stride;
+  params.key_codec = step_.codebook->shape().key_codec;
+  params.value_codec = step_.codebook->shape().value_codec;
+  return params;
+}
+
+couplet_status Step::State::Layer::attend() {
+  couplet_attend_params params = attend_params();
+  for (const Slice& slice : slices_) {
+    if (cancelled())
+      return fail(report_, COUPLET_CANCELLED, {.layer = layer_}, "The attention of layer %d was cancelled", layer_);
+    params.sequences = arrays_.sequences + slice.begin;
+    params.sequence_count = static_cast<int32_t>(slice.end - slice.begin);
+    params.most_query_tokens = slice.most_queries;
+    couplet_status status = backend_.attend.check(&params, report_);
+    if (status == COUPLET_OK)
+      status = step_.reserve(&step_.memory.workspace, backend_.attend.workspace(&params), report_);
+    if (status == COUPLET_OK)
+      status = backend_.attend.run(&params, step_.memory.workspace.memory(), step_.stream, report_);
+    if (status != COUPLET_OK) return status;
+  }
+  return COUPLET_OK;
+}
+
+couplet_status Step::State::Layer::take_outputs() {
+  if (!downloads_ || sequences_.empty()) return COUPLET_OK;
+  const CacheConfig& config = owner_.config;
+  const uint8_t *begin = nullptr, *end = nullptr;
+  auto const bytes_of = [&](const Piece& piece) {
+    return static_cast<size_t>(piece.tokens()) * static_cast<size_t>(config.query_heads * config.head_dim) *
+           element_bytes(options_.outputs.dtype);
+  };
+  for (const Piece& piece : step_.plan.given) {
+    auto const* const outputs = static_cast<const uint8_t*>(placed_[piece.row].outputs);
+    if (!outputs) continue;
+    if (!begin) begin = outputs;
+    end = outputs + bytes_of(piece);
+  }
+  uint8_t* staged = nullptr;
+  couplet_status status = step_.stage(static_cast<size_t>(end - begin), &staged, report_);
+  if (status == COUPLET_OK)
+    status = backend_.memory.copy(staged, begin, static_cast<size_t>(end - begin), step_.stream, report_);
+  if (status != COUPLET_OK) return status;
+  for (const Piece& piece : step_.plan.given) {
+    const StepData& row = data_[piece.row];
+    if (!row.outputs) continue;
+    auto const* const outputs = static_cast<const uint8_t*>(placed_[piece.row].outputs);
+    Packed{staged + (outputs - begin),
+           row.outputs,
+           {row.output_token_stride, row.output_head_stride},
+           piece.tokens(),
+           config.query_heads,
+           config.head_dim,
+           options_.outputs.dtype}
+        .unpack();
+  }
+  return COUPLET_OK;
+}
+
+}  // namespace couplet

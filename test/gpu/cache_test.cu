@@ -38,9 +38,8 @@ void random_steps() {
                         {70, 3, 64, {host, device, stream}}}) {
     CacheConfig config = small_config(c.sinks, c.window);
     config.page_tokens = c.page_tokens;
-    double const tolerance = c.rows.outputs.dtype == COUPLET_FLOAT32   ? 2e-5
-                             : c.rows.outputs.dtype == COUPLET_FLOAT16 ? 2e-3
-                                                                       : 1.6e-2;  // of values up to 2 in size
+    // Of values up to 2 in size; queries of a prefill and their keys go through tf32, of 10 bits.
+    double const tolerance = c.rows.outputs.dtype == COUPLET_BFLOAT16 ? 2e-2 : 4e-3;
     Harness({backend(), 0}, config, seed++, c.rows).run(24, tolerance);
   }
   CHECK(cudaStreamDestroy(stream) == cudaSuccess, "a stream was not destroyed");

@@ -22,8 +22,8 @@ struct CacheShape {
 inline constexpr CacheShape shape = {
     2, 4, 2, 32, {.group_channels = 4, .code_bits = 3}, {.group_channels = 8, .code_bits = 5}};
 inline constexpr int64_t row_gap = 5;  // floats: strides are not the shapes
-inline constexpr size_t side_floats =
-    size_t{shape.kv_heads} * shape.head_dim;  // keys or values of a token in one layer
+inline constexpr size_t side_floats = static_cast<size_t>(shape.kv_heads) *
+                                      static_cast<size_t>(shape.head_dim);  // keys or values of a token in one layer
 
 // Multiples of 1/8 of small size: distances to centroids are exact in float32, so every tie is a tie in every arithmetic.
 inline std::vector<float> eighths(Random* random, size_t count) {
@@ -395,6 +395,7 @@ inline void Harness::compare(const ModelSequence& before, const ModelSequence& s
                              int32_t local_window, const std::vector<float>& queries,
                              const std::vector<float>& outputs) {
   int64_t const query_stride = shape.query_heads * shape.head_dim + row_gap;
+  auto const channels = static_cast<size_t>(shape.head_dim);
   auto const first = static_cast<int64_t>(before.tokens.size());
   double worst = 0;
   for (int64_t query = first; query < static_cast<int64_t>(sequence.tokens.size()); ++query) {
@@ -414,13 +415,12 @@ inline void Harness::compare(const ModelSequence& before, const ModelSequence& s
         const float* const key = token.side(read, layer, 0) + head * shape.head_dim;
         const float* const value = token.side(read, layer, 1) + head * shape.head_dim;
         double dot = 0;
-        for (size_t c = 0; c < size_t{shape.head_dim}; ++c) dot += double{key[c]} * queries[offset + c];
-        double const weight = std::exp(dot / std::sqrt(double{shape.head_dim}));
+        for (size_t c = 0; c < channels; ++c) dot += double{key[c]} * queries[offset + c];
+        double const weight = std::exp(dot / std::sqrt(static_cast<double>(shape.head_dim)));
         total += weight;
-        for (size_t c = 0; c < size_t{shape.head_dim}; ++c) sum[c] += weight * value[c];
+        for (size_t c = 0; c < channels; ++c) sum[c] += weight * value[c];
       }
-      for (size_t c = 0; c < size_t{shape.head_dim}; ++c)
-        worst = std::max(worst, std::abs(sum[c] / total - outputs[offset + c]));
+      for (size_t c = 0; c < channels; ++c) worst = std::max(worst, std::abs(sum[c] / total - outputs[offset + c]));
     }
   }
   CHECK(worst <= tolerance_, "layer %d from token %lld: error %g", layer, static_cast<long long>(first), worst);

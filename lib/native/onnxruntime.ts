@@ -9,19 +9,20 @@ export interface NativeCapture { readonly [tag]: 'capture' }
 /** An input of the graph; `data` has as many elements as `dims` say. */
 export interface NativeFeed {
   name: string
-  /** TensorProto.DataType: int64, or whatever the graph asks for where there are no elements. */
+  /** TensorProto.DataType: that of `data`, or whatever the graph asks for where there are no elements. */
   type: number
   dims: number[]
-  data: BigInt64Array
+  data: BigInt64Array | Float32Array
 }
 
 export interface NativeRunArguments {
   session: NativeSession
-  step: NativeStep
+  /** Absent for a graph without couplet.Attention. */
+  step?: NativeStep | undefined
   feeds: NativeFeed[]
   /** Names of outputs that are wanted. */
   outputs: string[]
-  /** The output that comes as float32 [rows][columns][vocabulary], whatever the graph's type. */
+  /** The output that comes as float32 [rows][columns][vocabulary], whatever the graph's type; '' for none. */
   logits: string
   /** Keep the last column of the logits only. */
   lastColumn: boolean

@@ -1,27 +1,24 @@
-import { readFile, stat } from 'node:fs/promises'
 import { availableParallelism } from 'node:os'
-import { dirname, join, resolve } from 'node:path'
 
 import { requireInteger, requireObject } from '../arguments'
 import type { Sequence } from '../cache'
 import { Cache } from '../cache'
-import type { RotarySpec } from '../codebook'
 import { Codebook } from '../codebook'
-import { CoupletError, disposedError, throwExpected } from '../errors'
+import { disposedError, throwExpected } from '../errors'
 import { addon } from '../native/addon'
 import { abortable, requireSignal } from '../native/call'
 import type { NativeOutput, NativeSession } from '../native/onnxruntime'
 import { Capture } from './capture'
+import type { ModelShape } from './decoder'
+import { openDecoder } from './decoder'
 import type { BatchRow, GraphInputs } from './feeds'
-import { feedsOf, knownInputs } from './feeds'
-import { fingerprintFiles } from './fingerprint'
+import { feedsOf } from './feeds'
 import { openOnnxruntime } from './library'
 import { cutLogits, firstLogitInput } from './logits'
-import type { Model } from './proto'
-import { decodeModel, decodeTensor, encodeModel } from './proto'
-import type { AttentionLayer, MeasuredPast } from './rewrite'
-import { rewriteAttention, runInput } from './rewrite'
-import { externalLocation } from './tensors'
+import { encodeModel } from './proto'
+import type { AttentionLayer } from './rewrite'
+
+export type { ModelShape }
 
 export interface DecoderModelOptions {
   /** Codes keys and values; without it the cache keeps them in full precision. */
@@ -36,15 +33,6 @@ export interface DecoderModelOptions {
   threads?: number
   /** The module onnxruntime-node, or the path of its folder, when it has to be that copy. */
   onnxruntime?: unknown
-}
-
-export interface ModelShape {
-  readonly layers: number
-  readonly queryHeads: number
-  readonly kvHeads: number
-  readonly headDim: number
-  /** Of the first layer that rotates; null when none does. */
-  readonly rotary: RotarySpec | null
 }
 
 export interface ModelRow {
@@ -125,20 +113,12 @@ export class DecoderModel {
     requireInteger(threads, 'threads', 0, 256)
     if (codebook !== undefined && !(codebook instanceof Codebook)) throwExpected('a Codebook', 'codebook', codebook)
     const { library } = openOnnxruntime(options.onnxruntime)
-    const file = await findModel(path)
-    const folder = dirname(file)
-    const graph = await readGraph(file)
-    const files = [file, ...externalFiles(graph).map((name) => join(folder, name))]
-    const { layers, measuredPasts } = await rewriteAttention(graph, folder)
-    const shape = shapeOf(layers)
-    const ports = describeGraph(graph, measuredPasts)
+    const { graph, folder, layers, measuredPasts, shape, fingerprint: digest, ...ports } = await openDecoder(path)
     const names = cutLogits(graph) ? [...ports.inputNames, firstLogitInput] : ports.inputNames
 
     const [session, fingerprint] = await Promise.all([
       addon().createSession({ library, model: encodeModel(graph), folder, threads: threads === 0 ? availableParallelism() : threads }),
-      fingerprintFiles(files).catch((cause: unknown) => {
-        throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `The weights of "${file}" cannot be read: ${String(cause)}`, { cause })
-      }),
+      digest(),
     ])
     try {
       codebook?.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
@@ -231,51 +211,6 @@ export class DecoderModel {
       }
     }
   }
-}
-
-async function findModel(path: string): Promise<string> {
-  const candidates = [path, join(path, 'onnx', 'model.onnx'), join(path, 'model.onnx')].map((candidate) => resolve(candidate))
-  for (const candidate of candidates) {
-    const found = await stat(candidate).catch(() => undefined)
-    if (found?.isFile()) return candidate
-  }
-  throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `There is no model at ${candidates.join(', ')}`)
-}
-
-async function readGraph(file: string): Promise<Model> {
-  try {
-    return decodeModel(await readFile(file))
-  } catch (cause) {
-    throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `"${file}" cannot be read as an ONNX model: ${(cause as Error).message}`, { cause })
-  }
-}
-
-/** Files beside the model that hold weights, in a fixed order. */
-function externalFiles({ initializers }: Model): string[] {
-  const tensors = Array.from(initializers.values(), (bytes) => decodeTensor(bytes))
-  return [...new Set(tensors.filter(({ dataLocation }) => dataLocation === 1).map(externalLocation))].sort()
-}
-
-/** Inputs and outputs of a rewritten graph, if they are a decoder's. */
-function describeGraph({ graph }: Model, pasts: readonly MeasuredPast[]): { inputNames: string[]; outputNames: string[]; vocabulary: number | undefined } {
-  const fed = new Set([runInput, ...pasts.map(({ name }) => name)])
-  const inputNames = graph.input.map(({ name }) => name).filter((name) => !fed.has(name))
-  const unknown = inputNames.find((name) => !knownInputs.includes(name))
-  if (unknown !== undefined || !inputNames.includes('input_ids')) {
-    const problem = unknown === undefined ? 'the graph has no input "input_ids"' : `the graph has the input "${unknown}"`
-    throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `Cannot run this model: ${problem}; couplet feeds ${knownInputs.join(', ')}`)
-  }
-  const logits = graph.output.find(({ name }) => name === 'logits')
-  if (!logits) throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', 'Cannot run this model: the graph has no output "logits"')
-  const vocabulary = Number(logits.type?.tensorType?.shape?.dim.at(-1)?.dimValue ?? 0)
-  return { inputNames, outputNames: graph.output.map(({ name }) => name), vocabulary: vocabulary > 0 ? vocabulary : undefined }
-}
-
-function shapeOf(layers: readonly AttentionLayer[]): ModelShape {
-  const { queryHeads, kvHeads, headDim } = layers[0]!
-  const tables = layers.find(({ rotary }) => rotary)?.rotary
-  const scaling = tables?.theta === undefined ? { scaled: true } : { theta: tables.theta }
-  return { layers: layers.length, queryHeads, kvHeads, headDim, rotary: tables ? { kind: tables.kind, dim: tables.dim, ...scaling } : null }
 }
 
 function createCache(shape: ModelShape, layers: readonly AttentionLayer[], { codebook, window, sinks, memory, threads }: DecoderModelOptions): Cache {

@@ -93,15 +93,15 @@ class RunWorker : public Worker {
  public:
   explicit RunWorker(const Options& options)
       : Worker(options.env()),
-        session_(live_session(env(), read_handle<SessionHandle>(options.get("session"), "session"))),
-        step_(read_handle<StepHandle>(options.get("step"), "step").step) {
+        session_(live_session(env(), read_handle<SessionHandle>(options.get("session"), "session"))) {
+    if (options.has("step")) step_ = read_handle<StepHandle>(options.get("step"), "step").step;
     read_control(options);
     read_feeds(options.list("feeds"));
     Napi::Array const names = options.list("outputs");
     for (uint32_t i = 0; i < names.Length(); ++i) wanted_.push_back(read_string(names.Get(i), "outputs"));
     logits_ = options.string("logits");
     last_column_ = options.boolean_or("lastColumn", false);
-    if (options.has("capture")) begin_capture(read_handle<CaptureHandle>(options.get("capture"), "capture"));
+    if (step_ && options.has("capture")) begin_capture(read_handle<CaptureHandle>(options.get("capture"), "capture"));
   }
   ~RunWorker() override {
     if (capture_) capture_->end(succeeded_);
@@ -109,8 +109,10 @@ class RunWorker : public Worker {
 
  protected:
   couplet_status execute(couplet_report* report) override {
-    onnxruntime::Run run{
-        .step = step_->step.get(), .layers = *step_->layers, .capture = capture_.get(), .cancel = control()->cancel};
+    onnxruntime::Run run{.step = step_ ? step_->step.get() : nullptr,
+                         .layers = step_ ? std::span(*step_->layers) : std::span<const couplet::AttendOptions>(),
+                         .capture = capture_.get(),
+                         .cancel = control()->cancel};
     couplet_status status = session_->run(feeds_, wanted_, &run, &outputs_, report);
     succeeded_ = status == COUPLET_OK;
     for (size_t i = 0; i < outputs_.size() && status == COUPLET_OK; ++i)
@@ -148,22 +150,33 @@ class RunWorker : public Worker {
   void read_feeds(const Napi::Array& list) {
     for (uint32_t i = 0; i < list.Length(); ++i) {
       Options const feed(list.Get(i), "feeds");
-      View<int64_t> const view = feed.array<int64_t>("data");
-      Napi::Array const dims = feed.list("dims");
       auto const type = static_cast<ElementType>(feed.integer("type", 1));
-      Feed& added = feeds_.emplace_back(Feed{feed.string("name"), type, {}, pin(view), view.length * sizeof(int64_t)});
-      size_t elements = 1;
-      for (uint32_t axis = 0; axis < dims.Length(); ++axis) {
-        added.dims.push_back(read_integer(dims.Get(axis), "dims", 0, std::numeric_limits<int32_t>::max()));
-        elements = product({static_cast<int64_t>(elements), added.dims.back()});
-      }
-      if (elements != view.length || (elements != 0 && type != ElementType::int64))
-        throw_expected(env(), "a BigInt64Array of " + std::to_string(elements) + " elements", "data", view.array);
+      Napi::Value const data = feed.get("data");
+      bool const floats = data.IsTypedArray() && data.As<Napi::TypedArray>().TypedArrayType() == napi_float32_array;
+      if (floats)
+        read_feed<float>(feed, type, ElementType::float32);
+      else
+        read_feed<int64_t>(feed, type, ElementType::int64);
     }
   }
 
+  // `stored`: the elements of the array; `type` is another one only where there are no elements.
+  template <class T>
+  void read_feed(const Options& feed, ElementType type, ElementType stored) {
+    View<T> const view = feed.array<T>("data");
+    Napi::Array const dims = feed.list("dims");
+    Feed& added = feeds_.emplace_back(Feed{feed.string("name"), type, {}, pin(view), view.length * sizeof(T)});
+    size_t elements = 1;
+    for (uint32_t axis = 0; axis < dims.Length(); ++axis) {
+      added.dims.push_back(read_integer(dims.Get(axis), "dims", 0, std::numeric_limits<int32_t>::max()));
+      elements = product({static_cast<int64_t>(elements), added.dims.back()});
+    }
+    if (elements != view.length || (elements != 0 && type != stored))
+      throw_expected(env(), "an array of " + std::to_string(elements) + " elements of its type", "data", view.array);
+  }
+
   std::shared_ptr<Session> session_;
-  std::shared_ptr<const OpenStep> step_;
+  std::shared_ptr<const OpenStep> step_;  // NULL for a graph without couplet.Attention
   std::shared_ptr<Capture> capture_;
   std::vector<Feed> feeds_;
   std::vector<std::string> wanted_;

@@ -221,7 +221,7 @@ void Runs::leave(int64_t number) {
 Run* Runs::find(int64_t number) const {
   std::lock_guard const lock(mutex_);
   auto const found = runs_.find(number);
-  return found == runs_.end() ? nullptr : found->second;
+  return found == runs_.end() || !found->second->step ? nullptr : found->second;
 }
 
 AttentionOperator::AttentionOperator(const Library& opened, const Runs& registry)

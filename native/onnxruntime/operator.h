@@ -37,7 +37,7 @@ class Runs {
  public:
   int64_t enter(Run* run);
   void leave(int64_t number);
-  Run* find(int64_t number) const;
+  Run* find(int64_t number) const;  // NULL when there is none, or it is not in a step
   template <class Visit>
   void for_each(const Visit& visit) const {  // none enters or leaves meanwhile
     std::lock_guard const lock(mutex_);

@@ -97,7 +97,7 @@ couplet_status Session::run(std::span<const Feed> feeds, std::span<const std::st
     return outcome;
   };
   Feed const own{"couplet.run", ElementType::int64, {1}, &number, sizeof number};
-  status = add(own);
+  if (run->step) status = add(own);
   for (const Feed& given : feeds)
     if (status == COUPLET_OK) status = add(given);
   if (status != COUPLET_OK) return status;

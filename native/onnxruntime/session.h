@@ -45,7 +45,7 @@ class Session {
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  // Feeds every input of the graph but "couplet.run". outputs: one for each name wanted.
+  // Feeds every input of the graph but "couplet.run", which a graph has that runs in a step. outputs: one for each name wanted.
   couplet_status run(std::span<const Feed> feeds, std::span<const std::string> wanted, Run* run,
                      std::vector<Output>* outputs, couplet_report* report);
   // Ends the runs whose Run::cancel is `cancel` at their next node.

@@ -35,7 +35,7 @@ export interface Decoder {
   /** Tokens the model knows, as far as the graph says. */
   readonly vocabulary: number | undefined
   /** "sha256:..." over the graph and all its weights; reads the files once per process. */
-  fingerprint(): Promise<string>
+  readonly fingerprint: () => Promise<string>
 }
 
 /**

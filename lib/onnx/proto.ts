@@ -11,10 +11,10 @@ import { BinaryReader, BinaryWriter, WireType } from '@bufbuild/protobuf/wire'
 import { FieldDescriptorProto_Label as Label, FieldDescriptorProto_Type as Type, FileDescriptorProtoSchema } from '@bufbuild/protobuf/wkt'
 
 /** Element types of tensors that couplet meets (TensorProto.DataType). */
-export const DataType = { float: 1, int32: 6, int64: 7, float16: 10, bfloat16: 16 } as const
+export const DataType = { float: 1, uint8: 2, int32: 6, int64: 7, bool: 9, float16: 10, bfloat16: 16 } as const
 
 /** Kinds of attribute values (AttributeProto.AttributeType). */
-export const AttributeType = { float: 1, int: 2, ints: 7 } as const
+export const AttributeType = { float: 1, int: 2, string: 3, ints: 7 } as const
 
 export type AttributeProto = Message<'onnx.AttributeProto'> & {
   name: string

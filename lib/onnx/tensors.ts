@@ -7,30 +7,43 @@ import { float32FromFloat16 } from '../float16'
 import type { TensorProto } from './proto'
 import { DataType, unpackInt32 } from './proto'
 
+const elementBytes = new Map<number, number>([[DataType.float, 4], [DataType.float16, 2], [DataType.bfloat16, 2], [DataType.uint8, 1]])
+
 /**
  * The elements of a constant tensor as float32.
  * @param folder where files of external data lie; undefined when the model came without one.
  * @throws CoupletError ERR_COUPLET_UNSUPPORTED_MODEL for another element type or data that is not there.
  */
 export async function readFloats(tensor: TensorProto, folder: string | undefined): Promise<Float32Array> {
-  const elements = tensor.dims.reduce((product, dim) => product * Number(dim), 1)
-  const fail = (reason: string): never => {
-    throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `Expected tensor "${tensor.name}" of the model to hold ${elements} floats but ${reason}`)
-  }
-  const elementBytes = new Map<number, number>([[DataType.float, 4], [DataType.float16, 2], [DataType.bfloat16, 2]]).get(tensor.dataType)
-  if (elementBytes === undefined) return fail(`its element type is ${tensor.dataType}`)
-
-  let bytes = tensor.rawData
-  if (tensor.dataLocation === 1) bytes = await readExternal(tensor, folder, elements * elementBytes, fail)
-  else if (tensor.floatData.length > 0) bytes = tensor.floatData
-  else if (tensor.int32Data.length > 0) bytes = new Uint8Array(Uint16Array.from(unpackInt32(tensor.int32Data)).buffer)
-  if (bytes.length !== elements * elementBytes) return fail(`it holds ${bytes.length} bytes`)
-
-  // A copy starts at an aligned address; ONNX and every platform of Node are little-endian.
-  const { buffer } = bytes.slice()
+  const { buffer } = await readElements(tensor, folder, 'floats', [DataType.float, DataType.float16, DataType.bfloat16])
   if (tensor.dataType === DataType.float) return new Float32Array(buffer)
   const halves = new Uint16Array(buffer)
   return tensor.dataType === DataType.float16 ? float32FromFloat16(halves) : new Float32Array(Uint32Array.from(halves, (half) => half << 16).buffer)
+}
+
+/** The elements of a constant uint8 tensor; otherwise like readFloats. */
+export async function readUint8(tensor: TensorProto, folder: string | undefined): Promise<Uint8Array> {
+  return readElements(tensor, folder, 'bytes', [DataType.uint8])
+}
+
+/** The bytes of a tensor in memory of their own; ONNX and every platform of Node are little-endian. */
+async function readElements(tensor: TensorProto, folder: string | undefined, kind: string, types: readonly number[]): Promise<Uint8Array<ArrayBuffer>> {
+  const elements = tensor.dims.reduce((product, dim) => product * Number(dim), 1)
+  const fail = (reason: string): never => {
+    throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `Expected tensor "${tensor.name}" of the model to hold ${elements} ${kind} but ${reason}`)
+  }
+  if (!types.includes(tensor.dataType)) return fail(`its element type is ${tensor.dataType}`)
+  const length = elements * elementBytes.get(tensor.dataType)!
+
+  let bytes = tensor.rawData
+  if (tensor.dataLocation === 1) bytes = await readExternal(tensor, folder, length, fail)
+  else if (tensor.floatData.length > 0) bytes = tensor.floatData
+  else if (tensor.int32Data.length > 0) {
+    const numbers = unpackInt32(tensor.int32Data)
+    bytes = tensor.dataType === DataType.uint8 ? Uint8Array.from(numbers) : new Uint8Array(Uint16Array.from(numbers).buffer)
+  }
+  if (bytes.length !== length) return fail(`it holds ${bytes.length} bytes`)
+  return new Uint8Array(bytes) // a copy starts at an aligned address
 }
 
 /**

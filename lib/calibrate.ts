@@ -1,16 +1,21 @@
 import { createHash } from 'node:crypto'
-import { requireCallOptions, requireInteger, requireObject } from './arguments'
+import { requireCallOptions, requireInteger, requireObject, resultArray } from './arguments'
 import { chunks } from './chunks'
 import { type Codec, codec as parseCodec } from './codec'
 import { Codebook } from './codebook'
 import { rangeError, throwExpected, typeError } from './errors'
 import { kmeans } from './kmeans'
+import { GradientFile } from './gradient/file'
+import { GradientModel } from './gradient/model'
+import { GradientSample } from './gradient/sample'
+import type { LayerRows, TokenRows } from './gradient/sample'
+import type { Sample } from './onnx/capture'
 import { Capture } from './onnx/capture'
 import { DecoderModel } from './onnx/model'
 import { loadTokenizer } from './tokenizer'
 
 /** What the importance of a token is when centroids are learned; see docs/algorithm.md. */
-export type WeightKind = 'uniform' | 'attention'
+export type WeightKind = 'uniform' | 'attention' | 'fisher'
 
 export interface CalibrationProgress {
   /** `capture`: tokens are run through the model; `learn`: centroids are learned. */
@@ -34,9 +39,15 @@ export interface CaptureActivationsOptions extends Common {
   directory?: string
   /** Tokens of a chunk; every chunk is a sequence of its own. Default 512. */
   length?: number
-  /** Tokens kept at most, a uniform sample of all that were run. Default 32768. Memory: points * layers * 2 * kvHeads * headDim * 4 bytes. */
+  /**
+   * Tokens kept at most, a uniform sample of all that were run. Default 32768. Memory: points * layers * 2 * kvHeads * headDim * 4 bytes,
+   * twice that with fisher weights.
+   */
   points?: number
+  /** Default 'uniform'. `fisher` runs the graph's gradient as well, unless `gradients` has it: its memory grows with `length` (docs/gradients.md). */
   weights?: WeightKind
+  /** For fisher weights: a file of gradients of this text, computed elsewhere (docs/gradients.md). */
+  gradients?: string
 }
 
 export interface LearnOptions extends Common {
@@ -48,7 +59,7 @@ export interface LearnOptions extends Common {
 
 /** Activations of a text, from which any number of codebooks can be learned. */
 export interface Captured {
-  readonly capture: Capture
+  readonly capture: Sample
   readonly model: DecoderModel
   readonly weights: WeightKind
   /** Tokens run. */
@@ -63,32 +74,100 @@ export interface Captured {
  * Runs a text through a model at full precision and keeps a sample of its keys (before rotary embedding) and values.
  * Memory stays bounded by `points`, whatever the length of the text.
  *
- * @throws {RangeError} `ERR_COUPLET_INVALID_ARGUMENT` when the text has no token
+ * @throws {RangeError} `ERR_COUPLET_INVALID_ARGUMENT` when the text has no token, or `gradients` is of another text or model
+ * @throws {CoupletError} `ERR_COUPLET_UNSUPPORTED_MODEL` for fisher weights of a graph through which couplet cannot compute gradients
  */
 export async function captureActivations(model: DecoderModel, options: CaptureActivationsOptions): Promise<Captured> {
   requireModel(model)
   requireObject(options, 'options')
-  const { length = 512, points = 32768, weights = 'uniform', seed = 0, signal, onProgress, directory } = options
+  const { length = 512, points = 32768, weights = 'uniform', gradients, directory } = options
   requireInteger(length, 'length', 1)
   requireInteger(points, 'points', 1)
   requireCallOptions(options)
+  if (!['uniform', 'attention', 'fisher'].includes(weights)) throwExpected('"uniform", "attention" or "fisher"', 'weights', weights)
+  if (gradients !== undefined && weights !== 'fisher') throwExpected('"fisher" beside `gradients`', 'weights', weights)
   const tokens = await tokenIds(options.text, directory)
   if (tokens.length === 0) throw rangeError('Expected a text of at least one token for `text` but received an empty one')
-  const capture = new Capture({ model, points: Math.min(points, tokens.length), weights, seed })
+  const text: Text = { tokens, length, points: Math.min(points, tokens.length), hash: hash(tokens) }
+  let capture: Sample
+  if (weights !== 'fisher') capture = await captureForward(model, text, weights, options)
+  else if (gradients === undefined) capture = await captureGradients(model, text, options)
+  else capture = await captureWithFile(model, text, gradients, options)
+  const dispose = () => { capture.dispose() }
+  return { capture, model, weights, tokens: tokens.length, text: text.hash, dispose, [Symbol.dispose]: dispose }
+}
+
+interface Text {
+  tokens: ArrayLike<number>
+  length: number
+  points: number
+  hash: string
+}
+
+/** Hands every chunk to `run` and reports. */
+async function forEachChunk({ tokens, length }: Text, { onProgress }: Common, run: (chunk: number[], first: number) => Promise<void>): Promise<void> {
+  let done = 0
+  for (const chunk of chunks(tokens, length)) {
+    await run(chunk, done)
+    done += chunk.length
+    onProgress?.({ phase: 'capture', done, total: tokens.length })
+  }
+}
+
+async function captureForward(model: DecoderModel, text: Text, weights: 'uniform' | 'attention', options: Common): Promise<Sample> {
+  const { seed = 0, signal } = options
+  const capture = new Capture({ model, points: text.points, weights, seed })
   try {
-    let done = 0
-    for (const chunk of chunks(tokens, length)) {
+    await forEachChunk(text, options, async (chunk) => {
       using sequence = model.sequence()
       await model.run([{ sequence, tokens: chunk }], { capture, logits: 'last', ...(signal && { signal }) })
-      done += chunk.length
-      onProgress?.({ phase: 'capture', done, total: tokens.length })
-    }
+    })
+    return capture
   } catch (error) {
     capture.dispose()
     throw error
   }
-  const dispose = () => { capture.dispose() }
-  return { capture, model, weights, tokens: tokens.length, text: hash(tokens), dispose, [Symbol.dispose]: dispose }
+}
+
+async function captureGradients({ file, shape }: DecoderModel, text: Text, options: Common): Promise<Sample> {
+  const { seed = 0, threads, signal } = options
+  const sample = new GradientSample({ shape, points: text.points, seed })
+  using model = await GradientModel.load(file, threads === undefined ? {} : { threads })
+  const layerRows = (arrays: Float32Array[]): LayerRows[] => arrays.map((data) => ({ data, offset: 0, tokenStride: shape.kvHeads * shape.headDim }))
+  await forEachChunk(text, options, async (chunk) => {
+    const { rows, gradients } = await model.run(chunk, signal)
+    const bothSides = ({ key, value }: typeof rows): TokenRows['rows'] => ({ key: layerRows(key), value: layerRows(value) })
+    sample.add({ tokens: chunk.length, rows: bothSides(rows), gradients: bothSides(gradients) })
+  })
+  return sample
+}
+
+/** Keys and values by a run of the model, gradients from the file. */
+async function captureWithFile(model: DecoderModel, text: Text, path: string, options: Common): Promise<Sample> {
+  const { seed = 0, signal } = options
+  const { shape } = model
+  const width = shape.kvHeads * shape.headDim
+  const sample = new GradientSample({ shape, points: text.points, seed })
+  const file = await GradientFile.open(path, shape, { tokens: text.tokens.length, length: text.length, hash: text.hash })
+  try {
+    await forEachChunk(text, options, async (chunk, first) => {
+      using sequence = model.sequence()
+      using capture = new Capture({ model, points: chunk.length, weights: 'uniform' }) // keeps all tokens in order
+      await model.run([{ sequence, tokens: chunk }], { capture, logits: 'last', ...(signal && { signal }) })
+      const gradients = await file.read(first, chunk.length)
+      const captured = (data: Float32Array): LayerRows[] =>
+        Array.from({ length: shape.layers }, (_, layer) => ({ data, offset: layer * width, tokenStride: shape.layers * width }))
+      const read = (arrays: Float32Array[]): LayerRows[] => arrays.map((data) => ({ data, offset: 0, tokenStride: width }))
+      sample.add({
+        tokens: chunk.length,
+        rows: { key: captured(capture.keys), value: captured(capture.values) },
+        gradients: { key: read(gradients.key), value: read(gradients.value) },
+      })
+    })
+  } finally {
+    await file.close()
+  }
+  return sample
 }
 
 /**
@@ -108,7 +187,8 @@ export async function learnCodebook(captured: Captured, options: LearnOptions): 
   const learnSide = async (side: 'key' | 'value', offset: number): Promise<Float32Array[]> => {
     const { groupChannels, centroids } = codecs[side]
     const groups = headDim / groupChannels
-    const weights = side === 'key' ? capture.keyWeights : capture.valueWeights
+    const weights = groupWeights(side === 'key' ? capture.keyWeights : capture.valueWeights, captured, groupChannels)
+    const weightGroups = weights ? weights.length / (capture.tokensKept * layers * kvHeads) : 1
     const result = await kmeans(side === 'key' ? capture.keys : capture.values, {
       problems: layers * kvHeads * groups,
       points: capture.tokensKept,
@@ -121,8 +201,8 @@ export async function learnCodebook(captured: Captured, options: LearnOptions): 
         problemStride: groupChannels,
         pointStride: layers * kvHeads * headDim,
         weightProblemStride: 1,
-        weightPointStride: layers * kvHeads,
-        weightSharing: groups,
+        weightPointStride: layers * kvHeads * weightGroups,
+        weightSharing: groups / weightGroups,
       },
       ...(weights && { weights }),
       ...(threads !== undefined && { threads }),
@@ -144,6 +224,16 @@ export async function learnCodebook(captured: Captured, options: LearnOptions): 
       learned: { weights: captured.weights, iterations, seed: String(seed), tokens: captured.tokens, text: captured.text },
     },
   })
+}
+
+/** Weights of heads as they are; those of channels summed over each group, [tokens][layers][kvHeads][groups]. */
+function groupWeights(weights: Float32Array | undefined, { capture, model: { shape } }: Captured, groupChannels: number): Float32Array | undefined {
+  if (weights === undefined || weights.length === capture.tokensKept * shape.layers * shape.kvHeads) return weights
+  const sums = resultArray(undefined, Float32Array, weights.length / groupChannels)
+  for (let group = 0; group < sums.length; group++) {
+    for (let channel = 0; channel < groupChannels; channel++) sums[group]! += weights[group * groupChannels + channel]!
+  }
+  return sums
 }
 
 export interface CalibrateOptions extends CaptureActivationsOptions, LearnOptions {

@@ -11,11 +11,11 @@ import { basename, dirname, join } from 'node:path'
 import type { Codec } from './codec'
 import type { CodebookMetadata, CodebookShape } from './codebook-metadata'
 import { readMetadata, writeMetadata } from './codebook-metadata'
-import { codeOf, rangeError } from './errors'
+import { codeOf, CoupletError, rangeError } from './errors'
 import { float16FromFloat32, float32FromFloat16 } from './float16'
 import { parseJson } from './json'
 import type { Header, TensorType } from './safetensors'
-import { headerBytes, invalid, lengthBytes, parseHeader, writeHeader } from './safetensors'
+import { FormatError, headerBytes, lengthBytes, parseHeader, writeHeader } from './safetensors'
 
 export interface CodebookContents {
   shape: CodebookShape
@@ -41,9 +41,9 @@ type Reads = Generator<{ offset: number; into: Uint8Array }, CodebookContents, v
 function* contents(fileBytes: number): Reads {
   const length = new Uint8Array(Math.min(lengthBytes, fileBytes))
   yield { offset: 0, into: length }
-  const headerText = new Uint8Array(headerBytes(length, fileBytes))
+  const headerText = new Uint8Array(sound(() => headerBytes(length, fileBytes)))
   yield { offset: lengthBytes, into: headerText }
-  const header = parseHeader(headerText, fileBytes)
+  const header = sound(() => parseHeader(headerText, fileBytes))
   const { shape, metadata } = described(header)
   if (header.tensors.size !== 2 * shape.layers) throw invalid(`it has ${header.tensors.size} tensors for ${shape.layers} layers`)
   const keyTables: Float32Array[] = []
@@ -53,6 +53,18 @@ function* contents(fileBytes: number): Reads {
     valueTables.push(yield* table(header, `layers.${layer}.value`, shape, shape.valueCodec))
   }
   return { shape, metadata, keyTables, valueTables }
+}
+
+function sound<Result>(read: () => Result): Result {
+  try {
+    return read()
+  } catch (error) {
+    throw error instanceof FormatError ? invalid(error.message, error.cause) : error
+  }
+}
+
+function invalid(why: string, cause?: unknown): CoupletError {
+  return new CoupletError('ERR_COUPLET_CODEBOOK_INVALID', `This is not a codebook that couplet can read: ${why}`, { cause })
 }
 
 function described({ metadata }: Header): ReturnType<typeof readMetadata> {

@@ -3,9 +3,15 @@
  * 8 bytes), the data. Files may be hostile: every size is compared with the size of the file before anything of that size is
  * allocated or read, and the tensors have to tile the data without a gap or an overlap, as the reference implementation asks.
  */
-import { CoupletError } from './errors'
 import type { Json } from './json'
 import { parseJson } from './json'
+
+/** What is wrong with a file, as the end of a sentence; the reader of each kind of file says what it expected. */
+export class FormatError extends Error {
+  constructor(why: string, cause?: unknown) {
+    super(why, { cause })
+  }
+}
 
 export type TensorType = 'F16' | 'F32'
 
@@ -34,26 +40,26 @@ const elementBytes = new Map(Object.entries({ BOOL: 1, U8: 1, I8: 1, U16: 2, I16
 
 /**
  * Bytes of the header of a file, from its first 8 bytes.
- * @throws {CoupletError} `ERR_COUPLET_CODEBOOK_INVALID` when the file is too short for it, or it is larger than 4 MiB
+ * @throws {FormatError} when the file is too short for it, or it is larger than 4 MiB
  */
 export function headerBytes(start: Uint8Array, fileBytes: number): number {
-  if (fileBytes < lengthBytes || start.length < lengthBytes) throw invalid(`it has ${fileBytes} bytes, too few for the length of a header`)
+  if (fileBytes < lengthBytes || start.length < lengthBytes) throw new FormatError(`it has ${fileBytes} bytes, too few for the length of a header`)
   const length = new DataView(start.buffer, start.byteOffset, lengthBytes).getBigUint64(0, true)
-  if (length > BigInt(fileBytes - lengthBytes)) throw invalid(`its header claims ${length} bytes and the file has ${fileBytes}`)
-  if (length > BigInt(maxHeaderBytes)) throw invalid(`its header has ${length} bytes, more than ${maxHeaderBytes}`)
+  if (length > BigInt(fileBytes - lengthBytes)) throw new FormatError(`its header claims ${length} bytes and the file has ${fileBytes}`)
+  if (length > BigInt(maxHeaderBytes)) throw new FormatError(`its header has ${length} bytes, more than ${maxHeaderBytes}`)
   return Number(length)
 }
 
 /**
  * What a header says, checked against the size of the file.
- * @throws {CoupletError} `ERR_COUPLET_CODEBOOK_INVALID`
+ * @throws {FormatError}
  */
 export function parseHeader(bytes: Uint8Array, fileBytes: number): Header {
   const members = parseMembers(bytes)
   const metadata = new Map<string, string>()
   const tensors = new Map<string, TensorInfo>()
   for (const [name, value] of members) {
-    if (!(value instanceof Map)) throw invalid(`${JSON.stringify(name)} in its header is not an object`)
+    if (!(value instanceof Map)) throw new FormatError(`${JSON.stringify(name)} in its header is not an object`)
     if (name !== '__metadata__') tensors.set(name, tensorInfo(name, value))
     else for (const [key, text] of value) metadata.set(key, metadataText(key, text))
   }
@@ -78,23 +84,19 @@ export function writeHeader(tensors: { name: string; dtype: TensorType; shape: n
   return file
 }
 
-export function invalid(why: string, cause?: unknown): CoupletError {
-  return new CoupletError('ERR_COUPLET_CODEBOOK_INVALID', `This is not a codebook that couplet can read: ${why}`, { cause })
-}
-
 function parseMembers(bytes: Uint8Array): Map<string, Json> {
   let header: Json
   try {
     header = parseJson(new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes))
   } catch (cause) {
-    throw invalid(`its header is not JSON (${(cause as Error).message})`, cause)
+    throw new FormatError(`its header is not JSON (${(cause as Error).message})`, cause)
   }
-  if (!(header instanceof Map)) throw invalid('its header is not a JSON object')
+  if (!(header instanceof Map)) throw new FormatError('its header is not a JSON object')
   return header
 }
 
 function metadataText(key: string, text: Json): string {
-  if (typeof text !== 'string') throw invalid(`${JSON.stringify(key)} in its __metadata__ is not a string`)
+  if (typeof text !== 'string') throw new FormatError(`${JSON.stringify(key)} in its __metadata__ is not a string`)
   return text
 }
 
@@ -104,13 +106,13 @@ function tensorInfo(name: string, members: Map<string, Json>): TensorInfo {
   const shape = members.get('shape')
   const offsets = members.get('data_offsets')
   if (members.size !== 3 || typeof dtype !== 'string' || !isCounts(shape) || !isCounts(offsets) || offsets.length !== 2)
-    throw invalid(`tensor ${quoted} has more or less than a dtype, a shape and two data_offsets`)
+    throw new FormatError(`tensor ${quoted} has more or less than a dtype, a shape and two data_offsets`)
   const [begin, end] = offsets as [number, number]
   const bytes = elementBytes.get(dtype)
-  if (bytes === undefined) throw invalid(`tensor ${quoted} has the unknown dtype ${JSON.stringify(dtype)}`)
+  if (bytes === undefined) throw new FormatError(`tensor ${quoted} has the unknown dtype ${JSON.stringify(dtype)}`)
   // A product beyond 2^53 is inexact, but still larger than any end - begin.
   const size = shape.reduce((product, count) => product * count, bytes)
-  if (end - begin !== size) throw invalid(`tensor ${quoted} needs ${size} bytes for its shape and has ${end - begin}`)
+  if (end - begin !== size) throw new FormatError(`tensor ${quoted} needs ${size} bytes for its shape and has ${end - begin}`)
   return { dtype, shape, begin, end }
 }
 
@@ -122,8 +124,8 @@ function isCounts(value: Json | undefined): value is number[] {
 function requireTiling(tensors: Map<string, TensorInfo>, dataBytes: number): void {
   let end = 0
   for (const [name, tensor] of [...tensors].sort(([, a], [, b]) => a.begin - b.begin || a.end - b.end)) {
-    if (tensor.begin !== end) throw invalid(`tensor ${JSON.stringify(name)} begins at byte ${tensor.begin} of the data, not at ${end}`)
+    if (tensor.begin !== end) throw new FormatError(`tensor ${JSON.stringify(name)} begins at byte ${tensor.begin} of the data, not at ${end}`)
     end = tensor.end
   }
-  if (end !== dataBytes) throw invalid(`its tensors take ${end} bytes and the file has ${dataBytes} bytes of data`)
+  if (end !== dataBytes) throw new FormatError(`its tensors take ${end} bytes and the file has ${dataBytes} bytes of data`)
 }

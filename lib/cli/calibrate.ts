@@ -11,6 +11,7 @@ interface Flags {
   length: number
   codec: string
   weights: WeightKind
+  gradients?: string
   points: number
   iterations: number
   out: string
@@ -25,7 +26,8 @@ export function calibrateCommand(signal: AbortSignal): Command {
     .requiredOption('--text <file>', 'text to learn from, UTF-8')
     .addOption(lengthOption())
     .addOption(new Option('--codec <name>', 'cq-<c>c<b>b: c channels share a code of b bits').default('cq-8c8b').argParser(codecName))
-    .addOption(new Option('--weights <kind>', 'importance of a token').choices(['uniform', 'attention']).default('attention'))
+    .addOption(new Option('--weights <kind>', 'importance of a token').choices(['uniform', 'attention', 'fisher']).default('attention'))
+    .option('--gradients <file>', 'for fisher weights: gradients of this text, computed elsewhere (docs/gradients.md)')
     .addOption(new Option('--points <count>', 'tokens kept for learning, a uniform sample').default(32768).argParser(integer(1)))
     .addOption(new Option('--iterations <count>', 'k-means iterations at most').default(100).argParser(integer(1)))
     .requiredOption('--out <file>', 'codebook to write (safetensors)')

@@ -75,8 +75,9 @@ function expand(node: NodeProto, { build, feeds, layer, number, coding }: Contex
   const scale = layer.scale === 0 ? 1 / Math.sqrt(headDim) : layer.scale
   const turned = rotate(headsFirst(reshape(parts[0]!, [0, 0, queryHeads, headDim])))
   const queries = reshape(build.add('Mul', [turned, build.floats(Float32Array.of(scale), [])]), [0, kvHeads, -1, headDim])
-  const rows = (side: Side) => build.add('Reshape', [parts[side === 'key' ? 1 : 2]!, build.integers([0, 0, kvHeads, headDim])], { outputs: [rowsName(number, side)] })
-  const exact = { key: rows('key'), value: rows('value') }
+  const split = build.integers([0, 0, kvHeads, headDim])
+  const rows = (part: string, side: Side) => build.add('Reshape', [part, split], { outputs: [rowsName(number, side)] })
+  const exact = { key: rows(parts[1]!, 'key'), value: rows(parts[2]!, 'value') }
   const codedRows = coding && { key: coding.coded(build, number, 'key', exact.key), value: coding.coded(build, number, 'value', exact.value) }
   const kept = coding && coding.sinks + coding.window > 0 ? build.cast(feeds.keptMask(repeats, coding), DataType.bool) : undefined
 

@@ -76,8 +76,8 @@ export class GradientModel {
    */
   async run(tokens: readonly number[], signal?: AbortSignal): Promise<TextGradients> {
     const outputs = await this.#session.run(this.#feeds(tokens), signal)
-    const collect = (name: (layer: number, side: Side) => string) =>
-      Object.fromEntries(sides.map((side) => [side, Array.from({ length: this.shape.layers }, (_, layer) => floatsOf(outputs, name(layer, side)))])) as TextGradients['rows']
+    const layers = (side: Side, name: typeof rowsName) => Array.from({ length: this.shape.layers }, (_, layer) => floatsOf(outputs, name(layer, side)))
+    const collect = (name: typeof rowsName) => ({ key: layers('key', name), value: layers('value', name) })
     return { rows: collect(rowsName), gradients: collect(gradientName), loss: floatsOf(outputs, lossName)[0]! }
   }
 
@@ -118,8 +118,9 @@ export function decoderFeeds({ graph, measuredPasts, inputNames, shape, layers }
   const positions = mostPositions(layers)
   if (tokens > positions) throw rangeError(`Expected a text of at most ${positions} tokens, the positions of the model, but received one of ${tokens}`)
   const used = new Set(graph.graph.input.map(({ name }) => name))
-  const inputs = { names: inputNames.filter((name) => used.has(name)), measuredPasts: measuredPasts.filter(({ name }) => used.has(name)), kvHeads: shape.kvHeads }
-  return feedsOf(inputs, rows.map((row) => ({ past: 0, tokens: row })), false)
+  const names = inputNames.filter((name) => used.has(name))
+  const pasts = measuredPasts.filter(({ name }) => used.has(name))
+  return feedsOf({ names, measuredPasts: pasts, kvHeads: shape.kvHeads }, rows.map((row) => ({ past: 0, tokens: row })), false)
 }
 
 /** The positions that all rotary tables have. */

@@ -32,7 +32,8 @@ export async function dequantize({ node, index, folder }: Site): Promise<{ rows:
   const plainZeros = zeroTensor && !packedZeros ? await readFloats(zeroTensor, folder) : undefined
   const zeroRowBytes = Math.ceil((blocks * bits) / 8)
   const [codeBytes, zeroBytes] = [rows * blocks * ((blockLength * bits) / 8), packedZeros && rows * zeroRowBytes]
-  if (codes.length !== codeBytes || scales.length !== rows * blocks || packedZeros?.length !== zeroBytes || (plainZeros && plainZeros.length !== rows * blocks)) {
+  const perBlock = [scales, ...(plainZeros ? [plainZeros] : [])]
+  if (codes.length !== codeBytes || packedZeros?.length !== zeroBytes || perBlock.some(({ length }) => length !== rows * blocks)) {
     refuse(node, `its weights do not have the sizes that N ${rows}, K ${columns}, ${bits} bits and blocks of ${blockLength} ask for`)
   }
 

@@ -22,7 +22,8 @@ const picked: Rule = (site) => {
   const flat = (value: string) => build.add('Reshape', [value, build.integers([-1])])
   // Adding up is in float32: there is no other kernel for it everywhere.
   const zeros = build.add('Expand', [build.floats(Float32Array.of(0), [1]), count])
-  const sum = build.add('ScatterElements', [zeros, flat(sources), flat(build.cast(gradient(0)!, DataType.float))], { attributes: { axis: 0, reduction: { text: 'add' } } })
+  const updates = flat(build.cast(gradient(0)!, DataType.float))
+  const sum = build.add('ScatterElements', [zeros, flat(sources), updates], { attributes: { axis: 0, reduction: { text: 'add' } } })
   return { 0: build.add('CastLike', [build.add('Reshape', [sum, shape]), x]) }
 }
 

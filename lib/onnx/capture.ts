@@ -17,12 +17,29 @@ export interface CaptureOptions {
   seed?: number | bigint
 }
 
+/** Tokens with their keys and values in every layer: what codebooks are learned from. */
+export interface Sample {
+  /** Tokens in the sample. */
+  readonly tokensKept: number
+  /** float32 [tokensKept][layers][kvHeads][headDim], before rotary embedding. */
+  readonly keys: Float32Array
+  /** float32 [tokensKept][layers][kvHeads][headDim] */
+  readonly values: Float32Array
+  /**
+   * float32 [tokensKept][layers][kvHeads]: one weight for all groups of a head; or [tokensKept][layers][kvHeads][headDim]: the weight of a
+   * group is the sum over its channels. undefined: all alike.
+   */
+  readonly keyWeights: Float32Array | undefined
+  readonly valueWeights: Float32Array | undefined
+  dispose(): void
+}
+
 /**
  * A uniform sample of the tokens that `model.run(rows, { capture })` runs, with the keys (before rotary embedding) and values
  * of every layer: what codebooks are learned from. Memory does not grow with the text. After a run that failed the sample is
  * not whole, and further runs with it reject with `ERR_COUPLET_BUSY`.
  */
-export class Capture {
+export class Capture implements Sample {
   readonly #rowLength: number
   readonly #headDim: number
   #memory: { keys: Float32Array; values: Float32Array; keyWeights?: Float32Array; valueWeights?: Float32Array } | undefined

@@ -22,6 +22,8 @@ export interface ModelShape {
 }
 
 export interface Decoder {
+  /** The .onnx file, an absolute path. */
+  readonly file: string
   /** Attention is couplet.Attention; nothing else is changed. */
   readonly graph: Model
   /** Where external data lies. */
@@ -51,7 +53,7 @@ export async function openDecoder(path: string): Promise<Decoder> {
   const fingerprint = () => fingerprintFiles(files).catch((cause: unknown) => {
     throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `The weights of "${file}" cannot be read: ${String(cause)}`, { cause })
   })
-  return { graph, folder, layers, measuredPasts, shape: shapeOf(layers), fingerprint, ...describeGraph(graph, measuredPasts) }
+  return { file, graph, folder, layers, measuredPasts, shape: shapeOf(layers), fingerprint, ...describeGraph(graph, measuredPasts) }
 }
 
 async function findModel(path: string): Promise<string> {

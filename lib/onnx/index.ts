@@ -2,7 +2,7 @@
  * The plug into onnxruntime-node: decoder models in the ONNX format, their attention computed on packed codes.
  * @module onnx
  */
-export type { CaptureOptions } from './capture'
+export type { CaptureOptions, Sample } from './capture'
 export { Capture } from './capture'
 export type { DecoderModelOptions, ModelRow, ModelRunOptions, ModelRunResult, ModelShape, ModelTensor, OutputArray } from './model'
 export { DecoderModel } from './model'

@@ -67,7 +67,7 @@ export interface ModelRunResult {
   outputs: Record<string, ModelTensor>
 }
 
-type ModelParts = Pick<DecoderModel, 'shape' | 'fingerprint' | 'cache' | 'inputNames' | 'vocabulary'> & {
+type ModelParts = Pick<DecoderModel, 'file' | 'shape' | 'fingerprint' | 'cache' | 'inputNames' | 'vocabulary'> & {
   inputs: GraphInputs
   outputNames: readonly string[]
 }
@@ -77,6 +77,8 @@ type ModelParts = Pick<DecoderModel, 'shape' | 'fingerprint' | 'cache' | 'inputN
  * com.microsoft.GroupQueryAttention nodes; the file on disk is not changed.
  */
 export class DecoderModel {
+  /** The .onnx file, an absolute path. */
+  readonly file: string
   readonly shape: ModelShape
   /** "sha256:..." over the graph and all its weights. */
   readonly fingerprint: string
@@ -93,6 +95,7 @@ export class DecoderModel {
     this.#session = session
     this.#inputs = parts.inputs
     this.#outputNames = parts.outputNames
+    this.file = parts.file
     this.shape = parts.shape
     this.fingerprint = parts.fingerprint
     this.cache = parts.cache

@@ -60,7 +60,8 @@ async function check(given: Case): Promise<void> {
     for (let direction = 0; direction < 3; direction++) {
       const step = 2 ** -7
       const along = Float32Array.from(values[i]!, () => Math.fround(random()))
-      const at = async (sign: number) => floats(await run(values.map((x, j) => (j === i ? x.map((value, k) => value + sign * step * along[k]!) : x))), 'loss')[0]!
+      const moved = (sign: number) => values.map((x, j) => (j === i ? x.map((value, k) => value + sign * step * along[k]!) : x))
+      const at = async (sign: number) => floats(await run(moved(sign)), 'loss')[0]!
       const measured = (await at(1) - await at(-1)) / (2 * step)
       const expected = gradient.reduce((sum, g, k) => sum + g * along[k]!, 0)
       const scale = Math.hypot(...gradient.map((g, k) => g * along[k]!)) + 0.05
@@ -206,7 +207,8 @@ describe('gradient rules equal central differences', () => {
               packed: () => [bytes(rows * Math.ceil(blocks * bits / 8), 8, [rows * Math.ceil(blocks * bits / 8)])],
               plain: () => [build.floats(Float32Array.from({ length: rows * blocks }, (_, i) => i % 7), [rows * blocks])],
             }
-            return build.add('MatMulNBits', [x!, codes, scales, ...points[zeros]()], { ...microsoft, attributes: { K: columns, N: rows, bits, block_size: block } })
+            const attributes = { K: columns, N: rows, bits, block_size: block }
+            return build.add('MatMulNBits', [x!, codes, scales, ...points[zeros]()], { ...microsoft, attributes })
           },
         })
       })
@@ -241,13 +243,18 @@ describe('the reverse pass', () => {
     return differentiate(model, { seeds: new Map([[y, y]]), targets: ['x'] })
   }
   const refusals: [what: string, attempt: () => Promise<unknown>, reason: RegExp][] = [
-    ['an operator without a rule, naming the node', refusal((build, x) => build.add('CumSum', [x, build.integers([0], [])])), /node "forward\.1\.CumSum" \(CumSum\)/],
+    ['an operator without a rule, naming the node', refusal((build, x) =>
+      build.add('CumSum', [x, build.integers([0], [])])), /node "forward\.1\.CumSum" \(CumSum\)/],
     ['an operator of another domain', refusal((build, x) => build.add('Add', [x, x], { domain: 'somebody.else' })), /somebody\.else\.Add/],
-    ['normalization over several axes', refusal((build, x) => build.add('SimplifiedLayerNormalization', [x, x], { attributes: { axis: 0 } })), /axis 0/],
+    ['normalization over several axes', refusal((build, x) =>
+      build.add('SimplifiedLayerNormalization', [x, x], { attributes: { axis: 0 } })), /axis 0/],
     ['a loss that does not depend on a target', refusal((build, x) => build.add('Shape', [x])), /does not depend on it/],
     ['an operator set that is too old', refusal((build, x) => build.add('Neg', [x]), 12n), /operator set 12; 13 or later/],
-    ['weights in another order', refusal((build, x) =>
-      build.add('MatMulNBits', [x, build.bytes(new Uint8Array(8), [1, 1, 8]), build.floats(Float32Array.of(1), [1]), '', build.integers([0])], { ...microsoft, attributes: { K: 4, N: 1, bits: 4, block_size: 16 } })), /g_idx/],
+    ['weights in another order', refusal((build, x) => {
+      const weights = [build.bytes(new Uint8Array(8), [1, 1, 8]), build.floats(Float32Array.of(1), [1])]
+      const attributes = { K: 4, N: 1, bits: 4, block_size: 16 }
+      return build.add('MatMulNBits', [x, ...weights, '', build.integers([0])], { ...microsoft, attributes })
+    }), /g_idx/],
   ]
   for (const [what, attempt, reason] of refusals) {
     it(`refuses ${what}`, () => assert.rejects(attempt(), (error: Error) => {

@@ -41,8 +41,8 @@ describe('perplexity agrees with an independent reference', function () {
 
   for (const [name, figure] of Object.entries(figures)) {
     const [codec = '', weights = ''] = name.split(':')
-    // Only plain CQ: Fisher weights need gradients, and integers are a rival.
-    if (!codec.startsWith('cq-') || name.split(':').length !== 2 || weights === 'fisher') continue
+    // Only plain CQ: integers are a rival.
+    if (!codec.startsWith('cq-') || name.split(':').length !== 2) continue
     it(`${name}, within 2 %`, async () => {
       const kind = weights as WeightKind
       const captured = captures.get(kind) ?? await captureActivations(model, { text: calibration, directory, weights: kind })

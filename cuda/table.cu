@@ -56,6 +56,7 @@ void destroy(couplet_table* handle) {
   if (!handle) return;
   auto* const table = reinterpret_cast<Table*>(handle);
   cudaFree(table->rows);
+  cudaFree(table->float16_rows);
   cudaFree(table->banked);
   delete table;
 }
@@ -70,13 +71,18 @@ couplet_status fill(Table* table, const couplet_table_params& params, couplet_re
   table->bytes += count * sizeof(float);
   if (couplet_status const status = check_centroids(params, report)) return status;
   error = cudaMemcpy(memory, params.centroids, count * sizeof(float), cudaMemcpyHostToDevice);
-  if (error == cudaSuccess && fits_banks(params)) {
-    try {
+  try {
+    if (error == cudaSuccess) {
+      std::vector<__half> float16_rows(count);
+      for (size_t at = 0; at < count; ++at) float16_rows[at] = __float2half_rn(params.centroids[at]);
+      error = upload(float16_rows.data(), count, &table->float16_rows, &table->bytes);
+    }
+    if (error == cudaSuccess && fits_banks(params)) {
       std::vector<__half> const banked = banked_of(params);
       error = upload(banked.data(), count, &table->banked, &table->bytes);
-    } catch (const std::bad_alloc&) {
-      error = cudaErrorMemoryAllocation;
     }
+  } catch (const std::bad_alloc&) {
+    error = cudaErrorMemoryAllocation;
   }
   return status_of(error, report, "making a table of centroids");
 }
@@ -93,6 +99,7 @@ couplet_status create(const couplet_table_params* params, couplet_table** out, c
       .centroids = couplet_codec_centroids(params->codec),
       .bytes = sizeof(Table),
       .rows = nullptr,
+      .float16_rows = nullptr,
       .banked = nullptr,
   };
   if (!table) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for a table of centroids");

@@ -45,20 +45,6 @@ __global__ void __launch_bounds__(block_threads) sum_all(const uint4* from, size
   if (sum == 0x5eed) *sink = sum;  // or the reads would be for nothing
 }
 
-// Four loads of a thread are under way before the first is stored.
-constexpr int copied_of_a_thread = 4;
-__global__ void __launch_bounds__(block_threads) copy_all(uint4* to, const uint4* from, size_t count) {
-  size_t const first = size_t{blockIdx.x} * block_threads * copied_of_a_thread + threadIdx.x;
-  uint4 values[copied_of_a_thread];
-#pragma unroll
-  for (int one = 0; one < copied_of_a_thread; ++one)
-    if (first + static_cast<size_t>(one * block_threads) < count)
-      values[one] = __ldcs(from + first + one * block_threads);
-#pragma unroll
-  for (int one = 0; one < copied_of_a_thread; ++one)
-    if (first + static_cast<size_t>(one * block_threads) < count) __stcs(to + first + one * block_threads, values[one]);
-}
-
 constexpr uint32_t lookup_row_bytes = 16;
 constexpr uint32_t lookup_table_rows = 4096;
 constexpr uint32_t bank_groups = 8;
@@ -114,12 +100,6 @@ cudaError_t fill_normals(__half* values, size_t count, uint64_t seed, cudaStream
 cudaError_t read_through(const void* memory, size_t bytes, uint32_t* sink, cudaStream_t stream) {
   return gpu::launch(sum_all, blocks_for(bytes / 16), block_threads, 0, stream, static_cast<const uint4*>(memory),
                      bytes / 16, sink);
-}
-
-cudaError_t copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
-  size_t const block_bytes = size_t{16} * block_threads * copied_of_a_thread;
-  return gpu::launch(copy_all, static_cast<unsigned>((bytes + block_bytes - 1) / block_bytes), block_threads, 0, stream,
-                     static_cast<uint4*>(to), static_cast<const uint4*>(from), bytes / 16);
 }
 
 // Two blocks of 1024 threads fill a multiprocessor: the number of `blocks` is to be twice theirs.

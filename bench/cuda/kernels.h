@@ -16,9 +16,6 @@ cudaError_t fill_normals(__half* values, size_t count, uint64_t seed, cudaStream
 // memset would leave its own lines to be written during what is measured next.
 cudaError_t read_through(const void* memory, size_t bytes, uint32_t* sink, cudaStream_t stream);
 
-// `bytes` (a multiple of 16) from device to device, by every multiprocessor.
-cudaError_t copy(void* to, const void* from, size_t bytes, cudaStream_t stream);
-
 // 16-byte rows looked up in 64 KB of shared memory at random by every lane of every multiprocessor.
 enum class Rows {
   own_banks,  // eight neighbouring lanes keep to the eight groups of four banks: no conflicts, whatever the row

@@ -48,12 +48,15 @@ class Meter {
   ~Meter();
 
   using Call = std::function<void(cudaStream_t)>;  // only enqueues
-  Timing time(const Call& call);
+  Timing time(const Call& call);                   // as a graph
+  Timing time_uncaptured(const Call& call);        // one launch or copy, as it is
 
   cudaStream_t stream() const { return stream_; }
   void wait() { must(cudaStreamSynchronize(stream_), "waiting for the device"); }
 
  private:
+  Timing samples_of(const Call& call);
+
   Limits const limits_;
   DeviceArray<uint8_t> const flush_;
   DeviceArray<uint32_t> const sink_;

@@ -2,10 +2,11 @@
 //
 // A thread owns 16 bytes of the row (8 or 4 channels) of the 8 tokens of an octet: it reads `code_bits` bytes of codes for each group
 // in them, once, and writes 8 vectors. Neighbouring threads own neighbouring vectors, so a warp writes whole rows.
-// Centroids come through L1 as they lie in the table (float32): blocks are ordered by kv head, so that an SM reads the table of one
-// head (128 KB at 8 bits and headDim 128, at most) again and again. A copy in shared memory would be written 132 times per head, and
-// its gathers conflict 2.6 times over.
+// Centroids come through L1, in the type of the rows where the table has it (float32, float16), so that they are copied and not
+// converted: blocks are ordered by kv head, so that an SM reads the table of one head (64 KB of float16 at 8 bits and headDim 128)
+// again and again. A copy in shared memory would be written 132 times per head, and its gathers conflict 2.6 times over.
 #include <cstdio>
+#include <type_traits>
 
 #include "../backend.h"
 #include "../device/elements.h"
@@ -18,7 +19,7 @@ constexpr int block_threads = 128;
 
 struct Call {
   void* rows;
-  const float* table;  // float32 [kv_heads][groups][centroids][group_channels]
+  const void* table;  // [kv_heads][groups][centroids][group_channels], of the type that the kernel says
   Octets octets;
   int64_t token_stride;  // elements
   int64_t head_stride;   // elements
@@ -45,34 +46,50 @@ __device__ __forceinline__ bool unit_of_thread(const Call& call, int32_t pieces,
   return octet < call.octets.count;
 }
 
-// Channels floats at `from`, aligned to as many bytes as they have, at most 16.
-template <int Channels>
-__device__ __forceinline__ void load_channels(const float* from, float* to) {
-  if constexpr (Channels == 2) {
-    float2 const pair = __ldg(reinterpret_cast<const float2*>(from));
-    to[0] = pair.x;
-    to[1] = pair.y;
+// Words 32-bit words at `from`, aligned to as many bytes as they have.
+template <int Words>
+__device__ __forceinline__ void load_words(const void* from, uint32_t* to) {
+  if constexpr (Words == 4) {
+    uint4 const four = __ldg(static_cast<const uint4*>(from));
+    to[0] = four.x;
+    to[1] = four.y;
+    to[2] = four.z;
+    to[3] = four.w;
+  } else if constexpr (Words == 2) {
+    uint2 const two = __ldg(static_cast<const uint2*>(from));
+    to[0] = two.x;
+    to[1] = two.y;
   } else {
-#pragma unroll
-    for (int c = 0; c < Channels; c += 4) {
-      float4 const four = __ldg(reinterpret_cast<const float4*>(from + c));
-      to[c] = four.x;
-      to[c + 1] = four.y;
-      to[c + 2] = four.z;
-      to[c + 3] = four.w;
-    }
+    static_assert(Words == 1);
+    to[0] = __ldg(static_cast<const uint32_t*>(from));
   }
 }
 
-// A vector holds `parts` groups of Channels channels, or lies within one group, of which Channels is the vector then.
+// Channels centroid channels at `from` as Elements, `words` of 32 bits.
 template <class Element, int Channels>
+__device__ __forceinline__ void load_channels(const Element* from, uint32_t* words) {
+  load_words<Channels * sizeof(Element) / 4>(from, words);
+}
+template <class Element, int Channels>
+__device__ __forceinline__ void load_channels(const float* from,
+                                              uint32_t* words) requires std::is_same_v<Element, __nv_bfloat16> {
+  uint32_t wide[Channels];
+#pragma unroll
+  for (int c = 0; c < Channels; c += 4) load_words < Channels<4 ? Channels : 4>(from + c, wide + c);
+#pragma unroll
+  for (int c = 0; c < Channels; c += 2)
+    words[c / 2] = gpu::cvt_bf16x2(__uint_as_float(wide[c]), __uint_as_float(wide[c + 1]));
+}
+
+// A vector holds `parts` groups of Channels channels, or lies within one group, of which Channels is the vector then.
+template <class Element, class Source, int Channels>
 __global__ void __launch_bounds__(block_threads) decode_vectors(Call call) {
   constexpr int vector = 16 / sizeof(Element);
   constexpr int parts = vector / Channels;
   int32_t const pieces = call.head_dim / vector;
   Unit unit;
   if (!unit_of_thread(call, pieces, unit)) return;
-  int64_t const group_floats = int64_t{call.group_channels} << call.code_bits;
+  int64_t const group_elements = int64_t{call.group_channels} << call.code_bits;
   int32_t const channel = unit.piece * vector;
   int32_t const group = channel / call.group_channels;
   const uint8_t* const codes = call.octets.address(unit.octet, unit.kv_head, group, call.code_bits);
@@ -81,20 +98,21 @@ __global__ void __launch_bounds__(block_threads) decode_vectors(Call call) {
   for (int part = 0; part < parts; ++part)
     packed[part] = load_octet(codes + int64_t{part} * call.octets.row_bytes, call.code_bits);
 
-  const float* const table =
-      call.table + (int64_t{unit.kv_head} * call.groups + group) * group_floats + channel % call.group_channels;
+  const Source* const table = static_cast<const Source*>(call.table) +
+                              (int64_t{unit.kv_head} * call.groups + group) * group_elements +
+                              channel % call.group_channels;
   int32_t const token = call.octets.token(unit.octet);
   Element* const row = static_cast<Element*>(call.rows) + unit.kv_head * call.head_stride + channel;
 #pragma unroll
   for (int slot = 0; slot < 8; ++slot) {
-    float values[vector];
+    uint32_t words[4];
 #pragma unroll
     for (int part = 0; part < parts; ++part)
-      load_channels<Channels>(
-          table + part * group_floats + packed[part].code(slot, call.code_bits) * call.group_channels,
-          values + part * Channels);
+      load_channels<Element, Channels>(
+          table + part * group_elements + packed[part].code(slot, call.code_bits) * call.group_channels,
+          words + part * 4 / parts);
     if (token + slot >= 0 && token + slot < call.octets.tokens)
-      *reinterpret_cast<uint4*>(row + (token + slot) * call.token_stride) = pack_elements(values, row);
+      *reinterpret_cast<uint4*>(row + (token + slot) * call.token_stride) = {words[0], words[1], words[2], words[3]};
   }
 }
 
@@ -106,8 +124,9 @@ __global__ void __launch_bounds__(block_threads) decode_channels(Call call) {
   int64_t const group_floats = int64_t{call.group_channels} << call.code_bits;
   int32_t const group = unit.piece / call.group_channels;
   Octet const packed = load_octet(call.octets.address(unit.octet, unit.kv_head, group, call.code_bits), call.code_bits);
-  const float* const table =
-      call.table + (int64_t{unit.kv_head} * call.groups + group) * group_floats + unit.piece % call.group_channels;
+  const float* const table = static_cast<const float*>(call.table) +
+                             (int64_t{unit.kv_head} * call.groups + group) * group_floats +
+                             unit.piece % call.group_channels;
   int32_t const token = call.octets.token(unit.octet);
   Element* const row = static_cast<Element*>(call.rows) + unit.kv_head * call.head_stride + unit.piece;
 #pragma unroll
@@ -121,24 +140,28 @@ __global__ void __launch_bounds__(block_threads) decode_channels(Call call) {
 // ---- launcher ----------------------------------------------------------------------------------------------------------------
 struct Selection {
   void (*kernel)(Call);
+  const void* table;
   int32_t channels;  // that a thread owns of a token
   const char* name;
 };
 
-template <class Element>
-Selection select_for(const couplet_decode_params& p) {
+template <class Element, class Source>
+Selection select_for(const couplet_decode_params& p, const Source* table) {
   constexpr int vector = 16 / sizeof(Element);
   if (rows_are_aligned(p, sizeof(Element))) {
-    if (p.codec.group_channels % vector == 0) return {decode_vectors<Element, vector>, vector, "vectors"};
-    if (p.codec.group_channels == 4) return {decode_vectors<Element, 4>, vector, "vectors"};
-    if (p.codec.group_channels == 2) return {decode_vectors<Element, 2>, vector, "vectors"};
+    if (p.codec.group_channels % vector == 0)
+      return {decode_vectors<Element, Source, vector>, table, vector, "vectors"};
+    if (p.codec.group_channels == 4) return {decode_vectors<Element, Source, 4>, table, vector, "vectors"};
+    if (p.codec.group_channels == 2) return {decode_vectors<Element, Source, 2>, table, vector, "vectors"};
   }
-  return {decode_channels<Element>, 1, "channels"};
+  return {decode_channels<Element>, table_of(p.table)->rows, 1, "channels"};
 }
 
 Selection select(const couplet_decode_params& p) {
-  if (p.dtype == COUPLET_FLOAT32) return select_for<float>(p);
-  return p.dtype == COUPLET_FLOAT16 ? select_for<__half>(p) : select_for<__nv_bfloat16>(p);
+  Table const& table = *table_of(p.table);
+  if (p.dtype == COUPLET_FLOAT32) return select_for<float>(p, table.rows);
+  if (p.dtype == COUPLET_FLOAT16) return select_for<__half>(p, table.float16_rows);
+  return select_for<__nv_bfloat16>(p, table.rows);
 }
 
 int64_t head_blocks_of(const couplet_decode_params& p, const Selection& selection, const Octets& octets) {
@@ -186,7 +209,7 @@ couplet_status run(const couplet_decode_params* params, void*, void* stream, cou
   int64_t const head_blocks = head_blocks_of(p, selection, octets);
   Call const call = {
       .rows = p.rows,
-      .table = table_of(p.table)->rows,
+      .table = selection.table,
       .octets = octets,
       .token_stride = p.token_stride,
       .head_stride = p.head_stride,

@@ -33,18 +33,4 @@ __device__ __forceinline__ void store_element(void* rows, int32_t dtype, int64_t
     store_element(static_cast<__nv_bfloat16*>(rows) + at, value);
 }
 
-// 16 bytes of elements.
-__device__ __forceinline__ uint4 pack_elements(const float (&values)[4], const float*) {
-  return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
-          __float_as_uint(values[3])};
-}
-__device__ __forceinline__ uint4 pack_elements(const float (&values)[8], const __half*) {
-  return {gpu::cvt_f16x2(values[0], values[1]), gpu::cvt_f16x2(values[2], values[3]),
-          gpu::cvt_f16x2(values[4], values[5]), gpu::cvt_f16x2(values[6], values[7])};
-}
-__device__ __forceinline__ uint4 pack_elements(const float (&values)[8], const __nv_bfloat16*) {
-  return {gpu::cvt_bf16x2(values[0], values[1]), gpu::cvt_bf16x2(values[2], values[3]),
-          gpu::cvt_bf16x2(values[4], values[5]), gpu::cvt_bf16x2(values[6], values[7])};
-}
-
 }  // namespace couplet::cuda

@@ -40,7 +40,7 @@ struct Units {
 };
 
 struct Layout {
-  int64_t rows, weights, distances, nearest, centroids, sums;  // bytes into the memory of a problem
+  int64_t rows, weights, distances, nearest, centroids, sums, masses;  // bytes into the memory of a problem
   int64_t problem_bytes;
   int64_t units, problems;  // bytes into the workspace
   int32_t side_by_side;
@@ -66,7 +66,8 @@ __device__ __forceinline__ Arrays arrays_of(const Call& call) {
           reinterpret_cast<float*>(memory + call.layout.distances),
           reinterpret_cast<int32_t*>(memory + call.layout.nearest),
           reinterpret_cast<float*>(memory + call.layout.centroids),
-          reinterpret_cast<float*>(memory + call.layout.sums)};
+          reinterpret_cast<float*>(memory + call.layout.sums),
+          reinterpret_cast<float*>(memory + call.layout.masses)};
 }
 __device__ __forceinline__ int32_t problem_of(const Call& call) {
   return call.first_problem + static_cast<int32_t>(blockIdx.x);
@@ -245,7 +246,8 @@ Layout layout_of(const couplet_kmeans_params& p) {
   layout.distances = take(points * 4);
   layout.nearest = take(points * 4);
   layout.centroids = take(centroids * layout.stride * 4);
-  layout.sums = take(block_warps * centroids * (layout.stride + 1) * 4);
+  layout.sums = take(block_warps * centroids * layout.stride * 4);
+  layout.masses = take(block_warps * centroids * 4);
   layout.problem_bytes = used;
   used = 0;
   take(sizeof(Verdict));

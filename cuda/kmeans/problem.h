@@ -37,7 +37,8 @@ struct Arrays {
   float* distances;  // float32 [points], squared, to the nearest of the centroids seeded so far
   int32_t* nearest;  // [points]
   float* centroids;  // float32 [centroids][stride], scaled as rows
-  float* sums;       // float32 [block_warps][centroids][stride + 1]: weight * (point - centroid), weight
+  float* sums;       // float32 [block_warps][centroids][stride]: weight * (point - centroid)
+  float* masses;     // float32 [block_warps][centroids]: weight
 };
 
 struct Shared {
@@ -153,8 +154,6 @@ class Problem {
   }
 
  private:
-  static constexpr int row_sums = Stride + 1;
-
   static constexpr int piece = Stride < 4 ? Stride : 4;
 
   // Channels floats; four and more are aligned to 16 bytes.
@@ -172,6 +171,17 @@ class Problem {
     } else {
 #pragma unroll
       for (int c = 0; c < Channels; ++c) to[c] = from[c];
+    }
+  }
+
+  __device__ __forceinline__ static void store_row(const float (&from)[Stride], float* to) {
+    if constexpr (Stride >= 4) {
+#pragma unroll
+      for (int c = 0; c < Stride; c += 4)
+        *reinterpret_cast<float4*>(to + c) = {from[c], from[c + 1], from[c + 2], from[c + 3]};
+    } else {
+#pragma unroll
+      for (int c = 0; c < Stride; ++c) to[c] = from[c];
     }
   }
 
@@ -298,30 +308,42 @@ class Problem {
     sum_of_block(mass);
   }
 
-  // Each warp its own sums, 32 points at a time, one after the other: a lane owns a channel, so that no two threads share a float.
+  // Each warp its own sums, 32 points at a time, a lane each. Lanes with the same centroid take turns, the lowest first: no two
+  // threads share a float, and every sum has its points in ascending order.
   __device__ void add_up() {
     int32_t const lane = thread_ % warp_lanes;
     int32_t const warp = thread_ / warp_lanes;
-    float* const sums = a_.sums + int64_t{warp} * centroids_ * row_sums;
-    for (int32_t i = lane; i < centroids_ * row_sums; i += warp_lanes) sums[i] = 0;
+    for (int32_t i = lane; i < centroids_ * Stride; i += warp_lanes) sums_of(warp, 0)[i] = 0;
+    for (int32_t i = lane; i < centroids_; i += warp_lanes) mass_of(warp, i) = 0;
     __syncwarp();
     for (int32_t first = warp * warp_lanes; first < points_; first += block_threads) {
+      int32_t const n = min(first + lane, points_ - 1);
       bool const inside = first + lane < points_;
-      float const weights = inside ? a_.weights[first + lane] : 0.0f;
-      int32_t const indices = inside ? a_.nearest[first + lane] : 0;
-      int32_t const count = min(points_ - first, warp_lanes);
-      for (int32_t i = 0; i < count; ++i) {
-        float const weight = __shfl_sync(~0u, weights, i);
-        int32_t const index = __shfl_sync(~0u, indices, i);
-        float* const row = sums + index * row_sums;
-        if (lane < Stride) {
-          float const offset = a_.rows[int64_t{first + i} * Stride + lane] - a_.centroids[index * Stride + lane];
-          row[lane] = __fmaf_rn(weight, offset, row[lane]);
-        }
-        if (lane == Stride % warp_lanes) row[Stride] += weight;
+      int32_t const index = a_.nearest[n];
+      float const weight = a_.weights[n];
+      float offset[Stride];
+      float centroid[Stride];
+      load_row(a_.rows + int64_t{n} * Stride, offset);
+      load_row(a_.centroids + index * Stride, centroid);
+#pragma unroll
+      for (int c = 0; c < Stride; ++c) offset[c] -= centroid[c];
+      int const turn = __popc(__match_any_sync(~0u, index) & ((1u << lane) - 1));
+      for (int now = 0; __any_sync(~0u, inside && turn >= now); ++now) {
+        if (inside && turn == now) add(weight, offset, index, warp);
+        __syncwarp();
       }
     }
     __syncthreads();
+  }
+
+  __device__ __forceinline__ void add(float weight, const float (&offset)[Stride], int32_t index, int32_t warp) {
+    float* const row = sums_of(warp, index);
+    float sum[Stride];
+    load_row(row, sum);
+#pragma unroll
+    for (int c = 0; c < Stride; ++c) sum[c] = __fmaf_rn(weight, offset[c], sum[c]);
+    store_row(sum, row);
+    mass_of(warp, index) += weight;
   }
 
   // To the means. True, for all threads, when a centroid has no weight: its mass in the first set of sums stays 0.
@@ -330,7 +352,7 @@ class Problem {
     __syncthreads();
     for (int32_t index = thread_; index < centroids_; index += block_threads) {
       double mass = 0;
-      for (int32_t warp = 0; warp < block_warps; ++warp) mass += static_cast<double>(sums_of(warp, index)[Stride]);
+      for (int32_t warp = 0; warp < block_warps; ++warp) mass += static_cast<double>(mass_of(warp, index));
       if (!(mass > 0)) {
         atomicOr(&shared_.flag, 1);
         continue;
@@ -342,15 +364,16 @@ class Problem {
         float& value = a_.centroids[index * Stride + c];
         value = static_cast<float>(static_cast<double>(value) + sum / mass);
       }
-      sums_of(0, index)[Stride] = static_cast<float>(mass);
+      mass_of(0, index) = static_cast<float>(mass);
     }
     __syncthreads();
     return shared_.flag != 0;
   }
 
   __device__ float* sums_of(int32_t warp, int32_t index) const {
-    return a_.sums + (int64_t{warp} * centroids_ + index) * row_sums;
+    return a_.sums + (int64_t{warp} * centroids_ + index) * Stride;
   }
+  __device__ float& mass_of(int32_t warp, int32_t index) const { return a_.masses[int64_t{warp} * centroids_ + index]; }
 
   // A place for each centroid without weight, drawn as in seeding. Whether one got it, for all threads.
   __device__ bool refill() {
@@ -362,7 +385,7 @@ class Problem {
     weigh_columns();
     bool refilled = false;
     for (int32_t index = 0; index < centroids_; ++index) {
-      if (sums_of(0, index)[Stride] > 0) continue;
+      if (mass_of(0, index) > 0) continue;
       if (!draw(1)) break;
       spread(index, 0);
       refilled = true;

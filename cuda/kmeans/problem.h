@@ -249,6 +249,7 @@ class Problem {
 
   __device__ int32_t best_candidate() {
     double sums[candidates] = {};
+#pragma unroll(Stride <= 8 ? 2 : 1)
     for (int32_t n = thread_; n < points_; n += block_threads) {
       const float* const row = a_.rows + int64_t{n} * Stride;
       float away[candidates] = {};
@@ -291,18 +292,32 @@ class Problem {
   __device__ void spread(int32_t index, int32_t candidate) {
     const float* const chosen = shared_.chosen[candidate];
     if (thread_ < Stride) a_.centroids[index * Stride + thread_] = chosen[thread_];
+    // Loads of a few points are under way together: stores keep the compiler from it.
+    constexpr int own = Stride <= 8 ? 4 : 1;
     double mass = 0;
-    for (int32_t n = thread_; n < points_; n += block_threads) {
-      float point[Stride];
-      load_row(a_.rows + int64_t{n} * Stride, point);
-      float const away = distance(point, chosen);
-      float nearest = a_.distances[n];
-      if (away < nearest) {
-        nearest = away;
-        a_.distances[n] = away;
-        a_.nearest[n] = index;
+    for (int32_t base = thread_; base < points_; base += own * block_threads) {
+      float point[own][Stride];
+      float nearest[own];
+      float weight[own];
+#pragma unroll
+      for (int t = 0; t < own; ++t) {
+        int32_t const n = base + t * block_threads;
+        bool const inside = n < points_;
+        load_row(a_.rows + int64_t{inside ? n : 0} * Stride, point[t]);
+        nearest[t] = inside ? a_.distances[n] : 0.0f;
+        weight[t] = inside ? a_.weights[n] : 0.0f;
       }
-      mass += static_cast<double>(a_.weights[n] * nearest);
+#pragma unroll
+      for (int t = 0; t < own; ++t) {
+        int32_t const n = base + t * block_threads;
+        float const away = distance(point[t], chosen);
+        if (away < nearest[t]) {  // not beyond the last point, where 0 is
+          nearest[t] = away;
+          a_.distances[n] = away;
+          a_.nearest[n] = index;
+        }
+        mass += static_cast<double>(weight[t] * nearest[t]);
+      }
     }
     shared_.columns[thread_] = mass;
     sum_of_block(mass);

@@ -97,6 +97,15 @@ StepPlan Cache::State::plan_layers(const std::vector<StepRowState>& rows) const 
   return plan;
 }
 
+couplet_status Cache::State::fail_full(int64_t needed, couplet_report* report) const {
+  return fail(report, COUPLET_CACHE_FULL, {},
+              "This needs %lld bytes and %lld of the cache's %lld are free; truncate, reset or dispose a sequence, or "
+              "create the cache with more memory",
+              static_cast<long long>(needed),
+              static_cast<long long>(std::max<int64_t>(0, pool.budget_bytes() - pool.used_bytes())),
+              static_cast<long long>(pool.budget_bytes()));
+}
+
 couplet_status Cache::State::reserve(std::vector<StepRowState>* rows, couplet_report* report) {
   int64_t needed = 0;
   for (StepRowState& row : *rows) {
@@ -106,15 +115,7 @@ couplet_status Cache::State::reserve(std::vector<StepRowState>* rows, couplet_re
       }
     });
   }
-  if (!pool.fits(needed)) {
-    return fail(report, COUPLET_CACHE_FULL, {},
-                "The step needs %lld bytes and %lld of the cache's %lld are free; truncate, reset or dispose a "
-                "sequence, or create "
-                "the cache with more memory",
-                static_cast<long long>(needed),
-                static_cast<long long>(std::max<int64_t>(0, pool.budget_bytes() - pool.used_bytes())),
-                static_cast<long long>(pool.budget_bytes()));
-  }
+  if (!pool.fits(needed)) return fail_full(needed, report);
   bool complete = obtainable(device.backend->memory, needed);
   for (StepRowState& row : *rows) {
     for_each_tail(&row, [&](const Region& region, Tail* tail) {

@@ -140,6 +140,9 @@ class Cache : public std::enable_shared_from_this<Cache> {
   couplet_status reset(SequenceId sequence, couplet_report* report);  // truncate to 0
   couplet_status drop(SequenceId sequence, couplet_report* report);
   void abandon(SequenceId sequence) noexcept;  // drop, when its step ends if it is inside one; for finalizers
+  // The same tokens in another cache (or this one, nothing shared) of the same shape and the same codebook, on whatever device: its
+  // blocks are the same bytes there. Complete on return; the sequence is busy meanwhile, and `to` is held by the caller.
+  couplet_status copy_to(SequenceId sequence, Cache* to, SequenceId* out, couplet_report* report);
   couplet_status length(SequenceId sequence, int64_t* out, couplet_report* report) const;
 
   couplet_status begin(std::span<const StepRow> rows, Prefill prefill, std::shared_ptr<Step>* out,

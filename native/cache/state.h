@@ -146,6 +146,8 @@ struct Cache::State {
   couplet_status find_idle(SequenceId id, Sequence** out, couplet_report* report);  // one that is in no step
   couplet_status plan(std::span<const StepRow> rows, std::vector<StepRowState>* out, couplet_report* report);
   couplet_status reserve(std::vector<StepRowState>* rows, couplet_report* report);
+  couplet_status take_in(const Sequence& source, Sequence* out, couplet_report* report);
+  couplet_status fail_full(int64_t needed, couplet_report* report) const;
   StepPlan plan_layers(const std::vector<StepRowState>& rows) const;
   void trim(Sequence* sequence) const;        // drops the blocks in which nothing is live
   void end_step(Step::State* step) noexcept;  // frees what the step reserved and lets its sequences go

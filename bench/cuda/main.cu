@@ -182,6 +182,6 @@ int main(int count, char** words) {
     }
   if (flags.json) report.write(flags.json);
   if (test::failed > 0) return 1;  // memory that could not be had, copies that failed
-  std::printf("%zu cases\n", report.size());
-  return 0;
+  std::printf("%zu cases, %zu wrong\n", report.size(), report.failures());
+  return report.failures() > 0 ? 1 : 0;
 }

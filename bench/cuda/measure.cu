@@ -104,7 +104,29 @@ namespace {
   return text;
 }
 
+std::string json_of(const Case& what) {
+  return text_of(
+      "\"operation\":\"%s\",\"codec\":\"%s\",\"batch\":%d,\"context\":%d,\"queries\":%d,\"queryHeads\":%d,"
+      "\"kvHeads\":%d,\"headDim\":%d",
+      what.operation.c_str(), name_of(what.codec).c_str(), what.batch, what.context, what.queries, what.query_heads,
+      what.kv_heads, what.head_dim);
+}
+
+void write_list(std::FILE* file, const char* name, const std::vector<std::string>& lines) {
+  std::fprintf(file, ",\n\"%s\":[\n", name);
+  for (size_t line = 0; line < lines.size(); ++line)
+    std::fprintf(file, "%s%s\n", lines[line].c_str(), line + 1 < lines.size() ? "," : "");
+  std::fprintf(file, "]");
+}
+
 }  // namespace
+
+void Report::refuse(const Case& what, const Result& result) {
+  failures_.push_back(text_of("{%s,\"body\":\"%s\",\"error\":\"%g\",\"check\":\"%s\"}", json_of(what).c_str(),
+                              result.body.c_str(), result.error, result.check.c_str()));
+  std::printf("WRONG: %s\n", failures_.back().c_str());
+  std::fflush(stdout);
+}
 
 void Report::add(const Case& what, const Result& result) {
   Timing const& timing = result.timing;
@@ -118,17 +140,13 @@ void Report::add(const Case& what, const Result& result) {
       what.head_dim, timing.microseconds, 100 * of_copy, 100 * of_lookups, result.error, result.body.c_str(),
       result.note.empty() ? "" : "; ", result.note.c_str());
   std::fflush(stdout);
-  rows_.push_back(
-      text_of("{\"operation\":\"%s\",\"codec\":\"%s\",\"batch\":%d,\"context\":%d,\"queries\":%d,\"queryHeads\":%d,"
-              "\"kvHeads\":%d,\"headDim\":%d,",
-              what.operation.c_str(), name_of(what.codec).c_str(), what.batch, what.context, what.queries,
-              what.query_heads, what.kv_heads, what.head_dim) +
-      text_of("\"body\":\"%s\",\"microseconds\":%.3f,\"fastest\":%.3f,\"slowest\":%.3f,\"samples\":%d,\"bytes\":%.0f,"
-              "\"lookupBytes\":%.0f,\"shareOfCopy\":%.4f,\"shareOfLookups\":%.4f,",
-              result.body.c_str(), timing.microseconds, timing.fastest, timing.slowest, timing.samples, result.bytes,
-              result.lookup_bytes, of_copy, of_lookups) +
-      text_of("\"error\":%.3g,\"check\":\"%s\",\"note\":\"%s\"}", result.error, result.check.c_str(),
-              result.note.c_str()));
+  rows_.push_back(text_of("{%s,\"body\":\"%s\",\"microseconds\":%.3f,\"fastest\":%.3f,\"slowest\":%.3f,\"samples\":%d,",
+                          json_of(what).c_str(), result.body.c_str(), timing.microseconds, timing.fastest,
+                          timing.slowest, timing.samples) +
+                  text_of("\"bytes\":%.0f,\"lookupBytes\":%.0f,\"shareOfCopy\":%.4f,\"shareOfLookups\":%.4f,",
+                          result.bytes, result.lookup_bytes, of_copy, of_lookups) +
+                  text_of("\"error\":%.3g,\"check\":\"%s\",\"note\":\"%s\"}", result.error, result.check.c_str(),
+                          result.note.c_str()));
 }
 
 void Report::write(const char* path) const {
@@ -150,11 +168,11 @@ void Report::write(const char* path) const {
                properties.l2CacheSize, properties.totalGlobalMem, runtime, driver);
   std::fprintf(file,
                "\"ceilings\":{\"copyBytesPerSecond\":%.0f,\"lookupBytesPerSecond\":%.0f,"
-               "\"conflictingLookupBytesPerSecond\":%.0f},\n\"rows\":[\n",
+               "\"conflictingLookupBytesPerSecond\":%.0f}",
                ceilings_.copy, ceilings_.lookups, ceilings_.conflicting_lookups);
-  for (size_t row = 0; row < rows_.size(); ++row)
-    std::fprintf(file, "%s%s\n", rows_[row].c_str(), row + 1 < rows_.size() ? "," : "");
-  std::fprintf(file, "]}\n");
+  write_list(file, "rows", rows_);
+  write_list(file, "failures", failures_);
+  std::fprintf(file, "}\n");
   if (std::fclose(file) != 0) {
     std::fprintf(stderr, "%s cannot be written\n", path);
     std::exit(1);

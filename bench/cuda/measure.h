@@ -97,12 +97,16 @@ class Report {
  public:
   explicit Report(const Ceilings& ceilings) : ceilings_(ceilings) {}
   void add(const Case& what, const Result& result);
+  // A case whose answer is wrong has no times; the others go on.
+  void refuse(const Case& what, const Result& result);
   void write(const char* path) const;
   size_t size() const { return rows_.size(); }
+  size_t failures() const { return failures_.size(); }
 
  private:
   Ceilings const ceilings_;
   std::vector<std::string> rows_;
+  std::vector<std::string> failures_;
 };
 
 inline std::string name_of(couplet_codec codec) {

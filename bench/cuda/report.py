@@ -39,6 +39,8 @@ def table(document):
     yield f"{device['name']}, driver {document['driver']}, CUDA {device['cudaRuntime'] // 1000}.{device['cudaRuntime'] % 1000 // 10}, {document['date']}."
     yield (f"Copy {ceilings['copyBytesPerSecond'] * 1e-9:.0f} GB/s; lookups in shared memory {ceilings['lookupBytesPerSecond'] * 1e-12:.1f} TB/s"
            f" (with conflicts {ceilings['conflictingLookupBytesPerSecond'] * 1e-12:.1f} TB/s).")
+    for row in document['failures']:
+        yield f"WRONG, and without a row: {json.dumps(row)}"
     yield ''
     yield '| operation | codec | batch x context | query / kv heads x headDim | us | MB | of copy | of lookups | x peer | body |'
     yield '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |'

@@ -34,7 +34,8 @@ fi
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$binary" --full-kmeans "${quick[@]}" "$@" --json "$work/bench.json"
+status=0
+"$binary" --full-kmeans "${quick[@]}" "$@" --json "$work/bench.json" || status=$?  # wrong answers: the rest is still told
 if python3 -c 'import torch' 2>/dev/null; then
   python3 "$here/peer.py" "$work/peer.json" "${quick[@]}" || echo "peer.py failed: the rows have no peer"
 else
@@ -44,3 +45,4 @@ driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader --id=0)
 name=$(date -u +%F)-cuda
 python3 "$here/report.py" "$work/bench.json" "$work/peer.json" "$out/$name.json" "$out/$name.md" --driver "$driver" --command "$command"
 echo "$out/$name.md"
+exit $status

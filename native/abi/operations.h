@@ -239,7 +239,8 @@ typedef struct couplet_store_params {
 /* Importance of the tokens of one fresh sequence, for weighted kmeans (design.md section 2). With p the probability of
    query i on token t and o_i its output, summed over queries and the query heads that share a kv head:
      value weight of t = sum p^2
-     key weight of t   = sum p^2 (|v_t|^2 + |o_i|^2 - 2 o_i.v_t) |q_i|^2 / head_dim*/
+     key weight of t   = sum (p s)^2 (|v_t|^2 + |o_i|^2 - 2 o_i.v_t) |q_i|^2 / head_dim
+   with s = 1 - (logit / softcap)^2 where there is a softcap, and 1 where there is none. */
 typedef struct couplet_attention_weights_params {
   const float* queries;    /* float32, before rotary, addressed as in attend */
   couplet_dense_rows rows; /* all tokens; first_token is 0 */

@@ -3,7 +3,8 @@
 // Queries go by blocks of 24 rows. Per block, with columns the tokens that some row sees:
 //   scores[rows][columns] = queries . keys^T        softmax: probabilities p, in place
 //   outputs[rows][channels] = p . values
-//   value weight of a column += p^2                 key weight += p^2 |value - output|^2 |query|^2 / head_dim
+//   value weight of a column += p^2                 key weight += (p slope)^2 |value - output|^2 |query|^2 / head_dim
+// where slope, 1 - (logit / softcap)^2, is the softcap's derivative, or 1.
 #pragma once
 
 #include "attend_lanes.h"
@@ -28,6 +29,7 @@ class WeightsBody {
     keys_by_channel_ = take(channels_ * stride_);
     values_by_channel_ = take(channels_ * stride_);
     scores_ = take(block_queries * stride_);
+    slopes_ = take(block_queries * stride_);
     key_part_ = take(stride_);
     value_part_ = take(stride_);
     values_ = take(tokens_ * padded_);
@@ -105,7 +107,7 @@ class WeightsBody {
               .b_stride = stride_,
               .c = scores_ + begin,
               .c_stride = stride_});
-    for (int32_t r = 0; r < rows; ++r) softmax(first + r, begin, end, scores_ + r * stride_);
+    for (int32_t r = 0; r < rows; ++r) softmax(first + r, begin, end, scores_ + r * stride_, slopes_ + r * stride_);
     int32_t const seen = (end < tokens_ ? end : tokens_) - begin;
     multiply({.rows = rows,
               .columns = static_cast<int32_t>(padded_),
@@ -138,7 +140,8 @@ class WeightsBody {
   }
 
   // Scores of one query become probabilities; what it does not see gets 0. A score that overflowed makes all of them NaN.
-  void softmax(int32_t position, int32_t begin, int32_t end, float* scores) {
+  // slopes are written where there is a softcap.
+  void softmax(int32_t position, int32_t begin, int32_t end, float* scores, float* slopes) {
     constexpr float log2_e = 1.44269504088896340736f;
     int32_t const low = oldest(position);
     Ints lane{};
@@ -148,7 +151,11 @@ class WeightsBody {
     for (int32_t t = begin; t < end; t += width) {
       Floats score = load(scores + t) * params_.scale;
       poison += score * 0.0f;
-      if (params_.softcap > 0) score = tanh_of(score / params_.softcap) * params_.softcap;
+      if (params_.softcap > 0) {
+        Floats const capped = tanh_of(score / params_.softcap);
+        store(slopes + t, 1.0f - capped * capped);
+        score = capped * params_.softcap;
+      }
       Ints const token = lane + t;
       score = (token >= low) & (token <= position) ? score : all(-__builtin_inff());
       store(scores + t, score);
@@ -182,8 +189,12 @@ class WeightsBody {
     Floats key = load(key_part_ + token), value = load(value_part_ + token);
     for (int r = 0; r < count; ++r) {
       Floats const probability = load(scores_ + (row + r) * stride_ + token);
-      Floats const square = probability * probability;
+      Floats square = probability * probability;
       value += square;
+      if (params_.softcap > 0) {
+        Floats const slope = load(slopes_ + (row + r) * stride_ + token);
+        square *= slope * slope;
+      }
       key = fused(square * importance[row + r], distances[r], key);
     }
     store(key_part_ + token, key);
@@ -196,6 +207,7 @@ class WeightsBody {
   float* keys_by_channel_;    // [head_dim][stride]
   float* values_by_channel_;  // [head_dim][stride]
   float* scores_;             // [block_queries][stride]
+  float* slopes_;             // [block_queries][stride]
   float* key_part_;           // [stride], sums of one block
   float* value_part_;         // [stride]
   float* values_;             // [tokens][padded]

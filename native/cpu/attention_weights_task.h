@@ -20,11 +20,11 @@ struct AttentionWeightsTask {
   double* value_sums;  // out, [tokens]
 };
 
-// Elements of scratch: keys and values by channel, values by token, a block of rows by token, queries, outputs, angles.
+// Elements of scratch: keys and values by channel, values by token, two blocks of rows by token, queries, outputs, angles.
 constexpr int64_t attention_weights_scratch(int64_t tokens, int64_t head_dim) {
   int64_t const stride = attention_weights_stride(tokens), padded = attention_weights_padded(head_dim);
-  return (2 * head_dim + attention_weights_rows + 2) * stride + padded * tokens + 2 * attention_weights_rows * padded +
-         512;
+  return (2 * head_dim + 2 * attention_weights_rows + 2) * stride + padded * tokens +
+         2 * attention_weights_rows * padded + 512;
 }
 
 using AttentionWeightsBody = void (*)(const AttentionWeightsTask& task);

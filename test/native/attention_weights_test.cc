@@ -48,21 +48,24 @@ struct Case {
 
 // Probabilities [tokens] and output [head_dim] of one query; `moved` is added to the key of token `at`.
 struct Attention {
-  std::vector<double> probabilities, output;
+  std::vector<double> probabilities, output, slopes;  // slopes: of the softcap
 
-  Attention(Case const& c, int position, int head, int at = -1, std::vector<double> const& moved = {}) {
+  Attention(Case const& c, int position, int head, int at = -1, std::vector<double> const& moved = {},
+            std::vector<double> const& moved_value = {}) {
     int const g = c.kv_head(head);
     std::vector<double> query(c.head_dim), logits(c.tokens, -INFINITY);
+    slopes.assign(c.tokens, 1);
     for (int i = 0; i < c.head_dim; ++i) query[i] = c.query(position, head, i);
     query = c.rotated(query, position);
     double largest = c.with_sinks ? double(c.sinks[head]) : -INFINITY;
     for (int t = c.local_window ? std::max(0, position - c.local_window + 1) : 0; t <= position; ++t) {
       std::vector<double> key(c.head_dim);
-      for (int i = 0; i < c.head_dim; ++i) key[i] = c.key(t, g, i) + (t == at ? moved[i] : 0);
+      for (int i = 0; i < c.head_dim; ++i) key[i] = c.key(t, g, i) + (t == at && !moved.empty() ? moved[i] : 0);
       key = c.rotated(key, t);
       double dot = 0;
       for (int i = 0; i < c.head_dim; ++i) dot += query[i] * key[i];
       logits[t] = c.softcap > 0 ? c.softcap * std::tanh(c.scale * dot / c.softcap) : c.scale * dot;
+      if (c.softcap > 0) slopes[t] = 1 - std::pow(logits[t] / c.softcap, 2);
       largest = std::max(largest, logits[t]);
     }
     double sum = c.with_sinks ? std::exp(double(c.sinks[head]) - largest) : 0;
@@ -70,7 +73,8 @@ struct Attention {
     output.assign(c.head_dim, 0);
     for (int t = 0; t < c.tokens; ++t) {
       probabilities.push_back(std::exp(logits[t] - largest) / sum);
-      for (int i = 0; i < c.head_dim; ++i) output[i] += probabilities[t] * c.value(t, g, i);
+      for (int i = 0; i < c.head_dim; ++i)
+        output[i] += probabilities[t] * (c.value(t, g, i) + (t == at && !moved_value.empty() ? moved_value[i] : 0));
     }
   }
 };
@@ -92,7 +96,8 @@ Weights reference(Case const& c) {
         for (int x = 0; x < c.head_dim; ++x) distance += std::pow(c.value(t, c.kv_head(h), x) - attention.output[x], 2);
         double const square = attention.probabilities[t] * attention.probabilities[t];
         weights.value[size_t(t) * c.kv_heads + c.kv_head(h)] += square;
-        weights.key[size_t(t) * c.kv_heads + c.kv_head(h)] += square * distance * norm / c.head_dim;
+        weights.key[size_t(t) * c.kv_heads + c.kv_head(h)] +=
+            square * std::pow(attention.slopes[t], 2) * distance * norm / c.head_dim;
       }
     }
   return weights;
@@ -201,34 +206,58 @@ void agrees_with_the_formula() {
   }
 }
 
-// scale^2 times the key weight is the mean over channels of the squared movement of all outputs when the key moves by a small
-// step along a channel, per squared step: the error that coding the key with a small random error makes.
-void key_weight_is_the_movement_of_outputs() {
-  for (int const rotary_dim : {0, 16}) {
-    Case c{.tokens = 7,
-           .query_heads = 2,
-           .kv_heads = 1,
-           .head_dim = 16,
-           .rotary_dim = rotary_dim,
-           .scale = 0.3,
-           .with_sinks = rotary_dim == 0};
-    c.fill(99);
+// What the weights stand for, against central differences of all outputs of a kv head's queries. Let token t's key or value
+// move by a small step along one channel; the squared movement of the outputs, per squared step and averaged over the
+// channels, is the value weight itself, and scale^2 times the key weight: the error that coding the token with a small error
+// of equal size in every direction makes.
+void weights_are_the_movement_of_outputs() {
+  std::vector<Case> const cases{
+      {.tokens = 9, .query_heads = 2, .kv_heads = 1, .head_dim = 16, .scale = 0.3, .with_sinks = true},
+      {.tokens = 9, .query_heads = 4, .kv_heads = 2, .head_dim = 16, .rotary_dim = 16, .scale = 0.25},
+      {.tokens = 9, .query_heads = 6, .kv_heads = 2, .head_dim = 8, .local_window = 4, .rotary_dim = 4, .scale = 0.4},
+      {.tokens = 9, .query_heads = 2, .kv_heads = 1, .head_dim = 16, .scale = 0.5, .softcap = 1.5},
+      {.tokens = 9,
+       .query_heads = 4,
+       .kv_heads = 2,
+       .head_dim = 12,
+       .rotary_dim = 8,
+       .rotary_kind = COUPLET_ROTARY_INTERLEAVED,
+       .scale = 0.5,
+       .softcap = 3,
+       .with_sinks = true},
+  };
+  double const step = 1e-4;
+  for (size_t number = 0; number < cases.size(); ++number) {
+    Case c = cases[number];
+    c.fill(99 + number);
     Result const result = run(c);
-    double const step = 1e-5;
-    for (int t = 0; t < c.tokens; ++t) {
-      double movement = 0;
-      for (int channel = 0; channel < c.head_dim; ++channel) {
-        std::vector<double> moved(c.head_dim);
-        moved[channel] = step;
-        for (int h = 0; h < c.query_heads; ++h)
-          for (int i = t; i < c.tokens; ++i) {
-            std::vector<double> const before = Attention(c, i, h).output, after = Attention(c, i, h, t, moved).output;
-            for (int x = 0; x < c.head_dim; ++x) movement += std::pow((after[x] - before[x]) / step, 2);
-          }
+    if (!CHECK(result.status == COUPLET_OK, "case %zu: %s", number, result.report.detail)) continue;
+    for (int t = 0; t < c.tokens; ++t)
+      for (int g = 0; g < c.kv_heads; ++g) {
+        double key_movement = 0, value_movement = 0;
+        for (int channel = 0; channel < c.head_dim; ++channel) {
+          std::vector<double> up(c.head_dim), down(c.head_dim);
+          up[channel] = step, down[channel] = -step;
+          for (int h = 0; h < c.query_heads; ++h)
+            for (int i = t; i < c.tokens && c.kv_head(h) == g; ++i) {
+              auto const squared = [&](Attention const& above, Attention const& below) {
+                double sum = 0;
+                for (int x = 0; x < c.head_dim; ++x)
+                  sum += std::pow((above.output[x] - below.output[x]) / (2 * step), 2);
+                return sum;
+              };
+              key_movement += squared(Attention(c, i, h, t, up), Attention(c, i, h, t, down));
+              value_movement += squared(Attention(c, i, h, t, {}, up), Attention(c, i, h, t, {}, down));
+            }
+        }
+        size_t const at = size_t(t) * c.kv_heads + g;
+        double const key = c.scale * c.scale * double(result.key[at]), value = double(result.value[at]);
+        double const key_want = key_movement / c.head_dim, value_want = value_movement / c.head_dim;
+        CHECK(std::abs(key - key_want) < 1e-4 * key_want + 1e-9, "case %zu, token %d: key %g, outputs move by %g",
+              number, t, key, key_want);
+        CHECK(std::abs(value - value_want) < 1e-4 * value_want + 1e-9,
+              "case %zu, token %d: value %g, outputs move by %g", number, t, value, value_want);
       }
-      double const want = movement / c.head_dim, got = c.scale * c.scale * double(result.key[t]);
-      CHECK(std::abs(got - want) < 1e-3 * want + 1e-9, "token %d: %g, outputs move by %g", t, got, want);
-    }
   }
 }
 
@@ -323,7 +352,7 @@ void bad_input_is_refused() {
 
 int main() {
   agrees_with_the_formula();
-  key_weight_is_the_movement_of_outputs();
+  weights_are_the_movement_of_outputs();
   threads_change_nothing();
   strides_are_followed();
   bad_input_is_refused();

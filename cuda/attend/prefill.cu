@@ -19,13 +19,13 @@ constexpr int tile_columns = tile_tokens / 8;  // of 8 tokens: n of the scores' 
 // ---- device helpers ----------------------------------------------------------------------------------------------------------
 // Rows of 4 floats more than channels: with (channels + 4) / 4 odd, the 8 rows x 4 columns of an operand lie in 32 banks, and so do
 // the 4 pairs of rows x 8 columns of a value operand.
-__host__ __device__ constexpr int stride_of(int head_dim) { return head_dim + 4; }
+// A constant, so that the places of an operand are one register and offsets.
+__host__ __device__ constexpr int stride_of(int most_dim) { return most_dim + 4; }
 
 struct Shared {
   uint32_t* queries;  // tf32 [rows][stride]
   uint32_t* keys;     // tf32 [tile_tokens][stride]
   uint32_t* values;   // likewise
-  Token* tokens;      // [tile_tokens]
 };
 
 // Which tokens of an interval of positions each of a lane's two rows, g and g + 8, sees; where a row sees nothing it is empty.
@@ -38,6 +38,7 @@ struct Softmax {  // of a lane's two rows; sums are the lane's own share
   float sums[2];
 };
 
+template <int MostDim>
 __device__ __forceinline__ void load_queries(const Step& step, const Rows& rows, int most_rows, uint32_t* queries) {
   int const head_dim = step.params.head_dim;
   int const pairs = step.angles.pairs;
@@ -53,7 +54,7 @@ __device__ __forceinline__ void load_queries(const Step& step, const Rows& rows,
   for (int index = threadIdx.x; index < most_rows * (pairs + rest); index += static_cast<int>(blockDim.x)) {
     int const row = index / (pairs + rest);
     int const column = index % (pairs + rest);
-    uint32_t* const to = queries + row * stride_of(head_dim);
+    uint32_t* const to = queries + row * stride_of(MostDim);
     bool const there = row < rows.count;
     if (column < pairs) {
       int const x = half ? column : 2 * column;
@@ -71,85 +72,95 @@ __device__ __forceinline__ void load_queries(const Step& step, const Rows& rows,
   }
 }
 
-// One side of a tile, not yet rotated or rounded. Neighbouring threads take neighbouring tokens of a group, whose codes are
-// neighbours, or neighbouring channels of a row in full precision.
-template <bool Coded, bool Keys>
-__device__ __forceinline__ void load_side(const Step& step, const Token* tokens, int kv_head, uint32_t* to) {
+// Codes of one side of a tile: a lane has a token, a warp every `Warps`th group. Values, and keys that no rotation waits for, are rounded.
+template <bool Keys, int Warps, int MostDim>
+__device__ __forceinline__ void load_codes(const Step& step, Token const& own, int kv_head, uint32_t* side) {
   int const head_dim = step.params.head_dim;
-  int const stride = stride_of(head_dim);
-  if constexpr (!Coded) {
-    for (int index = threadIdx.x; index < tile_tokens * head_dim; index += static_cast<int>(blockDim.x)) {
-      int const token = index / head_dim;
-      int const channel = index % head_dim;
-      const float* const row = Keys ? tokens[token].dense.key : tokens[token].dense.value;
-      to[token * stride + channel] = __float_as_uint(row ? row[channel] : 0);
-    }
-  } else {
-    couplet_codec const codec = Keys ? step.params.key_codec : step.params.value_codec;
-    const float* const centroids = Keys ? step.key_rows : step.value_rows;
-    int64_t const offset = Keys ? step.params.key_page_offset + kv_head * step.params.key_page_stride
-                                : step.params.value_page_offset + kv_head * step.params.value_page_stride;
-    int const channels = codec.group_channels;
-    int const groups = head_dim / channels;
-    int64_t const row_bytes = static_cast<int64_t>(step.params.page_tokens) * codec.code_bits / 8;
-    for (int index = threadIdx.x; index < groups * tile_tokens; index += static_cast<int>(blockDim.x)) {
-      Token const& token = tokens[index % tile_tokens];
-      int const group = index / tile_tokens;
-      uint32_t* const row = to + index % tile_tokens * stride + group * channels;
-      const float* from = nullptr;
-      if (token.page) {
-        int const code = read_code(token.page + offset + group * row_bytes, token.slot, codec.code_bits);
-        from = centroids + (((static_cast<int64_t>(kv_head) * groups + group) << codec.code_bits) + code) * channels;
+  couplet_codec const codec = Keys ? step.params.key_codec : step.params.value_codec;
+  int const channels = codec.group_channels;
+  int const groups = head_dim / channels;
+  bool const round = !Keys || step.angles.pairs == 0;
+  int64_t const row_bytes = static_cast<int64_t>(step.params.page_tokens) * codec.code_bits / 8;
+  int64_t const group_stride = static_cast<int64_t>(channels) << codec.code_bits;
+  const uint8_t* const codes =
+      own.page + (Keys ? step.params.key_page_offset + kv_head * step.params.key_page_stride
+                       : step.params.value_page_offset + kv_head * step.params.value_page_stride);
+  const float* const centroids = (Keys ? step.key_rows : step.value_rows) + kv_head * groups * group_stride;
+  uint32_t* const row = side + gpu::lane_id() * stride_of(MostDim);
+#pragma unroll 2
+  for (int group = static_cast<int>(threadIdx.x) / 32; group < groups; group += Warps) {
+    const float* from = nullptr;
+    if (own.page)
+      from =
+          centroids + group * group_stride + read_code(codes + group * row_bytes, own.slot, codec.code_bits) * channels;
+    uint32_t* const to = row + group * channels;
+    auto const bits = [&](float value) { return round ? gpu::cvt_tf32(value) : __float_as_uint(value); };
+    if (channels % 4 == 0) {
+      for (int channel = 0; channel < channels; channel += 4) {
+        float4 const four = from ? *reinterpret_cast<const float4*>(from + channel) : float4{0, 0, 0, 0};
+        *reinterpret_cast<uint4*>(to + channel) = {bits(four.x), bits(four.y), bits(four.z), bits(four.w)};
       }
-      if (channels % 4 == 0) {
-        for (int channel = 0; channel < channels; channel += 4) {
-          uint4 const four = from ? *reinterpret_cast<const uint4*>(from + channel) : uint4{0, 0, 0, 0};
-          *reinterpret_cast<uint4*>(row + channel) = four;
-        }
-      } else {
-        for (int channel = 0; channel < channels; ++channel) row[channel] = __float_as_uint(from ? from[channel] : 0);
-      }
+    } else {
+      for (int channel = 0; channel < channels; ++channel) to[channel] = bits(from ? from[channel] : 0);
     }
   }
 }
 
-// Rotates keys and rounds both sides, in place.
-__device__ __forceinline__ void finish_tile(const Step& step, const Shared& shared, Interval positions) {
+// Rows in full precision: a warp has every `Warps`th token.
+template <int Warps, int MostDim>
+__device__ __forceinline__ void load_dense(const Step& step, DenseToken own, const Shared& shared) {
   int const head_dim = step.params.head_dim;
-  int const stride = stride_of(head_dim);
+  bool const round = step.angles.pairs == 0;
+  auto const row_of = [](const float* row, int token) {
+    return reinterpret_cast<const float*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(row), token));
+  };
+  for (int token = static_cast<int>(threadIdx.x) / 32; token < tile_tokens; token += Warps) {
+    const float* const key = row_of(own.key, token);
+    const float* const value = row_of(own.value, token);
+    int const at = token * stride_of(MostDim);
+    for (int channel = gpu::lane_id(); channel < head_dim; channel += 32) {
+      float const k = key ? key[channel] : 0;
+      shared.keys[at + channel] = round ? gpu::cvt_tf32(k) : __float_as_uint(k);
+      shared.values[at + channel] = gpu::cvt_tf32(value ? value[channel] : 0);
+    }
+  }
+}
+
+// Rotates and rounds keys, in place; a warp has every `Warps`th token.
+template <int Warps, int MostDim>
+__device__ __forceinline__ void rotate_keys(const Step& step, Interval positions, uint32_t* keys) {
+  int const head_dim = step.params.head_dim;
   int const pairs = step.angles.pairs;
   bool const half = step.angles.kind == COUPLET_ROTARY_HALF;
-  for (int index = threadIdx.x; index < tile_tokens * pairs; index += static_cast<int>(blockDim.x)) {
-    int const token = index / pairs;
-    int const pair = index % pairs;
-    if (positions.begin + token >= positions.end) continue;
-    uint32_t& x = shared.keys[token * stride + (half ? pair : 2 * pair)];
-    uint32_t& y = shared.keys[token * stride + (half ? pair + pairs : 2 * pair + 1)];
-    float2 const turned = add_angles({__uint_as_float(x), __uint_as_float(y)},
-                                     position_angle(step.angles, positions.begin + token, pair));
-    x = gpu::cvt_tf32(turned.x);
-    y = gpu::cvt_tf32(turned.y);
-  }
-  int const rest = head_dim - 2 * pairs;
-  for (int index = threadIdx.x; index < tile_tokens * (rest + head_dim); index += static_cast<int>(blockDim.x)) {
-    int const token = index / (rest + head_dim);
-    int const column = index % (rest + head_dim);
-    uint32_t& value = column < rest ? shared.keys[token * stride + 2 * pairs + column]
-                                    : shared.values[token * stride + column - rest];
-    value = gpu::cvt_tf32(__uint_as_float(value));
+#pragma unroll 2
+  for (int token = static_cast<int>(threadIdx.x) / 32; token < tile_tokens; token += Warps) {
+    uint32_t* const row = keys + token * stride_of(MostDim);
+    int const position = min(positions.begin + token, positions.end - 1);
+#pragma unroll 2
+    for (int pair = gpu::lane_id(); pair < pairs; pair += 32) {
+      uint32_t& x = row[half ? pair : 2 * pair];
+      uint32_t& y = row[half ? pair + pairs : 2 * pair + 1];
+      float2 const turned =
+          add_angles({__uint_as_float(x), __uint_as_float(y)}, position_angle(step.angles, position, pair));
+      x = gpu::cvt_tf32(turned.x);
+      y = gpu::cvt_tf32(turned.y);
+    }
+    for (int channel = 2 * pairs + gpu::lane_id(); channel < head_dim; channel += 32)
+      row[channel] = gpu::cvt_tf32(__uint_as_float(row[channel]));
   }
 }
 
 // Scores of the warp's rows with the tile's tokens: [8 tokens][row g or g + 8 (element / 2), token 2t + element % 2].
+template <int MostDim>
 __device__ __forceinline__ void multiply_keys(const uint32_t* queries, const uint32_t* keys, int head_dim,
                                               float (&scores)[tile_columns][4]) {
   int const g = gpu::lane_id() / 4;
   int const t = gpu::lane_id() % 4;
-  int const stride = stride_of(head_dim);
+  constexpr int stride = stride_of(MostDim);
 #pragma unroll
   for (int n = 0; n < tile_columns; ++n)
     for (float& score : scores[n]) score = 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int k = 0; k < head_dim; k += 8) {
     const uint32_t* const query = queries + g * stride + k + t;
     uint32_t const a[4] = {query[0], query[8 * stride], query[4], query[8 * stride + 4]};
@@ -162,10 +173,9 @@ __device__ __forceinline__ void multiply_keys(const uint32_t* queries, const uin
   }
 }
 
-// Scores -> probabilities in tf32, as the operand of multiply_values; `factors` is what the sums so far shrink by.
+// Scores -> probabilities, in place and rounded to tf32; `factors` is what the sums so far shrink by.
 __device__ __forceinline__ void normalize(const Step& step, const Limits& limits, int begin, uint32_t there,
-                                          float (&scores)[tile_columns][4], Softmax& softmax,
-                                          uint32_t (&probabilities)[tile_columns][4], float (&factors)[2]) {
+                                          float (&scores)[tile_columns][4], Softmax& softmax, float (&factors)[2]) {
   int const t = gpu::lane_id() % 4;
   uint32_t visible = 0;  // a bit for each score
 #pragma unroll
@@ -194,106 +204,113 @@ __device__ __forceinline__ void normalize(const Step& step, const Limits& limits
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         bool const is_visible = visible >> (8 * row + 2 * n + odd) & 1;
-        uint32_t const power = is_visible ? gpu::cvt_tf32(gpu::ex2_approx(scores[n][2 * row + odd] - maximum)) : 0;
-        softmax.sums[row] += __uint_as_float(power);
-        probabilities[n][row + 2 * odd] = power;
+        float& score = scores[n][2 * row + odd];
+        score = is_visible ? __uint_as_float(gpu::cvt_tf32(gpu::ex2_approx(score - maximum))) : 0;
+        softmax.sums[row] += score;
       }
   }
 }
 
 // weighted += probabilities x values. [8 channels][row g or g + 8 (element / 2), channel 2t + element % 2]
-template <int MostColumns>
-__device__ __forceinline__ void multiply_values(const uint32_t (&probabilities)[tile_columns][4],
-                                                const uint32_t* values, int head_dim, const float (&factors)[2],
-                                                float (&weighted)[MostColumns][4]) {
+template <int MostDim>
+__device__ __forceinline__ void multiply_values(const float (&probabilities)[tile_columns][4], const uint32_t* values,
+                                                int head_dim, const float (&factors)[2],
+                                                float (&weighted)[MostDim / 8][4]) {
   int const g = gpu::lane_id() / 4;
   int const t = gpu::lane_id() % 4;
-  int const stride = stride_of(head_dim);
+  constexpr int stride = stride_of(MostDim);
 #pragma unroll
-  for (int c = 0; c < MostColumns; ++c) {
+  for (int c = 0; c < MostDim / 8; ++c) {
     if (8 * c >= head_dim) break;
     for (int part = 0; part < 4; ++part) weighted[c][part] *= factors[part / 2];
 #pragma unroll
     for (int n = 0; n < tile_columns; ++n) {
       const uint32_t* const value = values + (8 * n + 2 * t) * stride + 8 * c + g;
       uint32_t const b[2] = {value[0], value[stride]};
-      gpu::mma_m16n8k8_tf32(weighted[c], probabilities[n], b);
+      uint32_t const a[4] = {__float_as_uint(probabilities[n][0]), __float_as_uint(probabilities[n][2]),
+                             __float_as_uint(probabilities[n][1]), __float_as_uint(probabilities[n][3])};
+      gpu::mma_m16n8k8_tf32(weighted[c], a, b);
     }
   }
 }
 
-// Places the tile's tokens; returns a bit for each that is there. Comes with a barrier before and behind.
-template <bool Coded>
-__device__ __forceinline__ uint32_t find_tokens(const Step& step, const Rows& rows, Interval positions, Token* tokens) {
-  __syncthreads();  // the tile before is done
-  if (threadIdx.x < tile_tokens) {
-    int const position = positions.begin + static_cast<int>(threadIdx.x);
-    tokens[threadIdx.x] =
-        position < positions.end ? token_at<Coded>(step.params, *rows.sequence, position, rows.kv_head) : Token{};
-  }
-  __syncthreads();
-  Token const& own = tokens[gpu::lane_id()];
-  return __ballot_sync(~0u, own.page || own.dense.key);
-}
-
-template <bool Coded, int MostColumns>
+template <int Warps, int MostDim>
 __device__ __forceinline__ void take_positions(const Step& step, const Shared& shared, const Rows& rows, int warp_row,
-                                               Interval positions, const Limits& limits, Softmax& softmax,
-                                               float (&weighted)[MostColumns][4]) {
+                                               bool coded, Interval positions, const Limits& limits, Softmax& softmax,
+                                               float (&weighted)[MostDim / 8][4]) {
   int const head_dim = step.params.head_dim;
   for (int begin = positions.begin; begin < positions.end; begin += tile_tokens) {
     Interval const tile{begin, min(begin + tile_tokens, positions.end)};
-    uint32_t const there = find_tokens<Coded>(step, rows, tile, shared.tokens);
-    load_side<Coded, true>(step, shared.tokens, rows.kv_head, shared.keys);
-    load_side<Coded, false>(step, shared.tokens, rows.kv_head, shared.values);
+    int const position = begin + gpu::lane_id();
+    Token own{};
+    if (position < tile.end)
+      own = coded ? token_at<true>(step.params, *rows.sequence, position, rows.kv_head)
+                  : token_at<false>(step.params, *rows.sequence, position, rows.kv_head);
+    uint32_t const there = __ballot_sync(~0u, own.page || own.dense.key);
+    __syncthreads();  // queries are there; the tile before is done
+    if (coded) {
+      load_codes<true, Warps, MostDim>(step, own, rows.kv_head, shared.keys);
+      load_codes<false, Warps, MostDim>(step, own, rows.kv_head, shared.values);
+    } else {
+      load_dense<Warps, MostDim>(step, own.dense, shared);
+    }
     __syncthreads();
-    finish_tile(step, shared, tile);
-    __syncthreads();
+    if (step.angles.pairs) {
+      rotate_keys<Warps, MostDim>(step, tile, shared.keys);
+      __syncthreads();
+    }
     if (warp_row >= rows.count) continue;
     float scores[tile_columns][4];
-    uint32_t probabilities[tile_columns][4];
     float factors[2];
-    multiply_keys(shared.queries + warp_row * stride_of(head_dim), shared.keys, head_dim, scores);
-    normalize(step, limits, begin, there, scores, softmax, probabilities, factors);
-    multiply_values(probabilities, shared.values, head_dim, factors, weighted);
+    multiply_keys<MostDim>(shared.queries + warp_row * stride_of(MostDim), shared.keys, head_dim, scores);
+    normalize(step, limits, begin, there, scores, softmax, factors);
+    multiply_values<MostDim>(scores, shared.values, head_dim, factors, weighted);
   }
 }
 
-template <int MostColumns>
+// By way of shared memory, where the warp's own queries were, so that neighbouring lanes write neighbouring channels.
+template <int MostDim>
 __device__ __forceinline__ void write_rows(const Step& step, const Rows& rows, int warp_row, Softmax& softmax,
-                                           const float (&weighted)[MostColumns][4]) {
+                                           const float (&weighted)[MostDim / 8][4], uint32_t* staged) {
   int const g = gpu::lane_id() / 4;
   int const t = gpu::lane_id() % 4;
+  int const head_dim = step.params.head_dim;
+  __syncwarp();  // all lanes have read the queries
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float& sum = softmax.sums[half];
+    float sum = softmax.sums[half];
     for (int offset = 1; offset < 4; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-    int const row = warp_row + g + 8 * half;
-    if (row >= rows.count) continue;
-    int64_t const at = rows.first_row + row;
+    int64_t const at = rows.first_row + warp_row + g + 8 * half;
     int const head = rows.kv_head * step.group_heads + static_cast<int>(at % step.group_heads);
+    float const factor = output_factor(step.params, head, softmax.maxima[half], sum);
+    uint32_t* const to = staged + (g + 8 * half) * stride_of(MostDim) + 2 * t;
+#pragma unroll
+    for (int c = 0; c < MostDim / 8; ++c) {
+      if (8 * c >= head_dim) break;
+      *reinterpret_cast<uint2*>(to + 8 * c) = {__float_as_uint(weighted[c][2 * half] * factor),
+                                               __float_as_uint(weighted[c][2 * half + 1] * factor)};
+    }
+  }
+  __syncwarp();
+  for (int row = 0; row < min(warp_rows, rows.count - warp_row); ++row) {
+    int64_t const at = rows.first_row + warp_row + row;
+    int64_t const head = rows.kv_head * step.group_heads + at % step.group_heads;
     int64_t const to =
         at / step.group_heads * rows.sequence->output_token_stride + head * rows.sequence->output_head_stride;
-    float const factor = output_factor(step.params, head, softmax.maxima[half], sum);
-#pragma unroll
-    for (int c = 0; c < MostColumns; ++c) {
-      if (8 * c >= step.params.head_dim) break;
-      for (int odd = 0; odd < 2; ++odd)
-        store_element(rows.sequence->outputs, step.params.output_dtype, to + 8 * c + 2 * t + odd,
-                      weighted[c][2 * half + odd] * factor);
-    }
+    for (int channel = gpu::lane_id(); channel < head_dim; channel += 32)
+      store_element(rows.sequence->outputs, step.params.output_dtype, to + channel,
+                    __uint_as_float(staged[row * stride_of(MostDim) + channel]));
   }
 }
 
 // ---- kernel --------------------------------------------------------------------------------------------------------------------
 // A block of rows after the other, each over all that its rows see.
 template <int Warps, int MostDim>
-__global__ void __launch_bounds__(Warps * 32) prefill(Step const step) {
+__global__ void __launch_bounds__(Warps * 32, MostDim <= 128 ? 2 : 1) prefill(Step const step) {
   GPU_DYNAMIC_SHARED(uint32_t, dynamic);
-  GPU_SHARED(tokens, Token[tile_tokens]);
   constexpr int most_rows = Warps * warp_rows;
-  int const stride = stride_of(step.params.head_dim);
-  Shared const shared{dynamic, dynamic + most_rows * stride, dynamic + (most_rows + tile_tokens) * stride, tokens};
+  constexpr int stride = stride_of(MostDim);
+  Shared const shared{dynamic, dynamic + most_rows * stride, dynamic + (most_rows + tile_tokens) * stride};
   int const warp_row = static_cast<int>(threadIdx.x) / 32 * warp_rows;
   int const sequences = step.params.sequence_count;
   int const row_blocks = step.row_begin[sequences];
@@ -308,29 +325,33 @@ __global__ void __launch_bounds__(Warps * 32) prefill(Step const step) {
     Rows const rows{&sequence, first_row, left < most_rows ? static_cast<int>(left) : most_rows,
                     static_cast<int>(task % step.params.kv_heads)};
     __syncthreads();  // the rows before are done
-    load_queries(step, rows, most_rows, shared.queries);
+    load_queries<MostDim>(step, rows, most_rows, shared.queries);
 
-    Seen own[2];  // of the lane's rows; of none where there is no row
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int const row = warp_row + gpu::lane_id() / 4 + 8 * half;
-      own[half] = row < rows.count ? seen_by(step.params, sequence, position_of(step, rows, row)) : Seen{};
-    }
     Softmax softmax{{-INFINITY, -INFINITY}, {0, 0}};
     float weighted[MostDim / 8][4];
 #pragma unroll
     for (int c = 0; c < MostDim / 8; ++c)
       for (float& value : weighted[c]) value = 0;
-    // From the first position that the first row sees to the last that the last one sees.
     Seen const first = seen_by(step.params, sequence, position_of(step, rows, 0));
     Seen const last = seen_by(step.params, sequence, position_of(step, rows, rows.count - 1));
-    take_positions<false>(step, shared, rows, warp_row, {first.below.begin, last.below.end},
-                          {{own[0].below, own[1].below}}, softmax, weighted);
-    take_positions<true>(step, shared, rows, warp_row, {first.codes.begin, last.codes.end},
-                         {{own[0].codes, own[1].codes}}, softmax, weighted);
-    take_positions<false>(step, shared, rows, warp_row, {first.above.begin, last.above.end},
-                          {{own[0].above, own[1].above}}, softmax, weighted);
-    if (warp_row < rows.count) write_rows(step, rows, warp_row, softmax, weighted);
+#pragma unroll 1
+    for (int part = 0; part < 3; ++part) {  // below, codes, above: in the order of positions
+      auto const interval = [&](Seen const& seen) {
+        return part == 0 ? seen.below : part == 1 ? seen.codes : seen.above;
+      };
+      Limits limits{};  // nothing where there is no row
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const row = warp_row + gpu::lane_id() / 4 + 8 * half;
+        if (row < rows.count)
+          limits.rows[half] = interval(seen_by(step.params, sequence, position_of(step, rows, row)));
+      }
+      // From the first position that the first row sees to the last that the last one sees.
+      take_positions<Warps, MostDim>(step, shared, rows, warp_row, part == 1,
+                                     {interval(first).begin, interval(last).end}, limits, softmax, weighted);
+    }
+    if (warp_row < rows.count)
+      write_rows<MostDim>(step, rows, warp_row, softmax, weighted, shared.queries + warp_row * stride);
   }
 }
 
@@ -338,22 +359,23 @@ __global__ void __launch_bounds__(Warps * 32) prefill(Step const step) {
 struct Choice {
   void (*kernel)(Step);
   int warps;
+  size_t shared_bytes;
 };
 
-// As many rows as shared memory has room for: each more halves the decoding. 101 KB at headDim 128 and 8 warps, so that an sm_90 has two
-// blocks; 98 KB at 256 and 2 warps, the least.
-size_t shared_bytes(int warps, int head_dim) {
-  return static_cast<size_t>(warps * warp_rows + 2 * tile_tokens) * static_cast<size_t>(stride_of(head_dim)) *
-         sizeof(uint32_t);
+template <int Warps, int MostDim>
+constexpr Choice choice_of() {
+  return {prefill<Warps, MostDim>, Warps,
+          static_cast<size_t>(Warps * warp_rows + 2 * tile_tokens) * stride_of(MostDim) * sizeof(uint32_t)};
 }
 
+// Many rows share a tile's decoding; two blocks of a multiprocessor hide each other's waits. At headDim 128 that is 6 warps of 168 registers and
+// 85 KB (8 warps would have to do with 128 registers, and spill). At 256 as many rows as shared memory has room for: 133 KB, or the 98 KB that
+// every device has.
 Choice choose(int head_dim) {
-  constexpr Choice narrow[] = {{prefill<8, 128>, 8}, {prefill<4, 128>, 4}};
-  constexpr Choice wide[] = {{prefill<4, 256>, 4}, {prefill<2, 256>, 2}};
-  const Choice* const both = head_dim <= 128 ? narrow : wide;
-  size_t const room =
-      static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - sizeof(Token) * tile_tokens;
-  return shared_bytes(both[0].warps, head_dim) <= room ? both[0] : both[1];
+  if (head_dim <= 64) return choice_of<8, 64>();
+  if (head_dim <= 128) return choice_of<6, 128>();
+  auto const room = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  return choice_of<4, 256>().shared_bytes <= room ? choice_of<4, 256>() : choice_of<2, 256>();
 }
 
 }  // namespace
@@ -362,8 +384,7 @@ int prefill_rows(int head_dim) { return choose(head_dim).warps * warp_rows; }
 
 cudaError_t launch_prefill(const Step& step, cudaStream_t stream) {
   Choice const choice = choose(step.params.head_dim);
-  return gpu::launch(choice.kernel, step.prefill_blocks, choice.warps * 32,
-                     shared_bytes(choice.warps, step.params.head_dim), stream, step);
+  return gpu::launch(choice.kernel, step.prefill_blocks, choice.warps * 32, choice.shared_bytes, stream, step);
 }
 
 }  // namespace couplet::cuda::attend

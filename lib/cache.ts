@@ -2,9 +2,16 @@
 import { isArray, requireArray, requireInteger, requireObject, resultArray } from './arguments'
 import { Codebook } from './codebook'
 import type { RotarySpec } from './codebook'
-import { describe, rangeError, throwExpected, typeError } from './errors'
+import type { Rows } from './codes'
+import { dtypeOf, rowsOf } from './codes'
+import type { DeviceMemory, DeviceName, DeviceOptions, ElementType, StreamOption } from './device'
+import { isDeviceMemory, placeOf } from './device'
+import { CoupletError, describe, rangeError, throwExpected, typeError } from './errors'
 import { addon } from './native/addon'
-import type { NativeAttendArguments, NativeCache, NativeCodebook, NativeLayerOptions, NativeRotary, NativeSequence, NativeStep } from './native/cache'
+import type {
+  NativeAttendArguments, NativeCache, NativeCodebook, NativeLayerOptions, NativeRotary, NativeRows, NativeSequence, NativeStep,
+} from './native/cache'
+import type { NativeDevice } from './native/device'
 import { abortable, refusePromiseOptions } from './native/call'
 
 const int32Max = 2 ** 31 - 1
@@ -53,7 +60,7 @@ export interface LayerOptions {
   rotary?: RotaryOption | undefined
 }
 
-export interface CacheOptions {
+export interface CacheOptions extends DeviceOptions {
   /** Codes keys and values. Without it everything stays in full precision. The cache keeps its own copy of the tables. */
   codebook?: Codebook | undefined
   /** Default the codebook's; likewise kvHeads and headDim. */
@@ -74,8 +81,6 @@ export interface CacheOptions {
   threads?: number | undefined
   /** For all layers, or one for each. */
   layerOptions?: LayerOptions | readonly LayerOptions[] | undefined
-  /** Default 'cpu'. */
-  device?: 'cpu' | 'cuda' | undefined
 }
 
 /**
@@ -90,23 +95,41 @@ export interface StepRow {
   tokens: number
 }
 
-/** Keys (before rotary) and values of the new tokens of one sequence in one layer: float32 [tokens][kvHeads][headDim]. */
+/**
+ * Rows of a call: float32, or for a cache on a GPU also the bits of float16 or bfloat16; in arrays, or in memory of the cache's device. All
+ * inputs of a call are of one kind, and all outputs.
+ */
+export type CacheRows = Rows | DeviceMemory
+
+/** Keys (before rotary) and values of the new tokens of one sequence in one layer: [tokens][kvHeads][headDim]. */
 export interface AppendRow {
-  keys: Float32Array
-  values: Float32Array
+  keys: CacheRows
+  values: CacheRows
 }
 
-export interface AttendRow extends AppendRow {
-  /** float32 [tokens][queryHeads][headDim], before rotary. */
-  queries: Float32Array
-  /** float32 [tokens][queryHeads][headDim], receives the result; default a new array. May not overlap an input. */
-  out?: Float32Array | undefined
+export interface AttendRow<Out extends CacheRows = Float32Array> extends AppendRow {
+  /** [tokens][queryHeads][headDim], before rotary. */
+  queries: CacheRows
+  /** [tokens][queryHeads][headDim], receives the result; default a new array. May not overlap an input. */
+  out?: Out | undefined
 }
 
-export interface AttendOptions {
+export interface AppendSyncOptions extends StreamOption {
+  /** Elements of keys, values and queries; default what their memory says, 'float16' for a Uint16Array, else 'float32'. */
+  dtype?: ElementType | undefined
+}
+
+export interface AppendOptions extends AppendSyncOptions {
   /** Rejects with its reason. A layer that had begun cannot be repeated: the step can then only be aborted. */
   signal?: AbortSignal | undefined
 }
+
+export interface AttendSyncOptions extends AppendSyncOptions {
+  /** Elements of the result; default that of `out`, or 'float32'. A new array of another type is a Uint16Array of its bits. */
+  outDtype?: ElementType | undefined
+}
+
+export interface AttendOptions extends AttendSyncOptions, AppendOptions {}
 
 /** What a cache holds. Bytes count what was allocated, so padding and slots not used yet are in them; shared blocks count once. */
 export interface CacheStatistics {
@@ -154,8 +177,13 @@ export class Cache {
   readonly sinks: number
   /** Infinity: everything in full precision. */
   readonly window: number
+  /** Where its memory is: 'cpu' or 'cuda'. */
+  readonly device: Exclude<DeviceName, 'auto'>
+  readonly deviceIndex: number
   /** @internal */
   readonly native: NativeCache
+  /** @internal */
+  readonly codebook: Codebook | undefined
 
   /**
    * @throws {CoupletError} `ERR_COUPLET_CODEBOOK_MISMATCH` when the codebook and the other options disagree
@@ -163,7 +191,7 @@ export class Cache {
    */
   constructor(options: CacheOptions) {
     requireObject(options, 'options')
-    const { codebook, queryHeads, sinks = 4, threads, memory = Infinity, device, rotary } = options
+    const { codebook, queryHeads, sinks = 4, threads, memory = Infinity, rotary } = options
     if (codebook !== undefined && !(codebook instanceof Codebook)) throwExpected('a Codebook', 'codebook', codebook)
     const { layers = codebook?.layers, kvHeads = codebook?.kvHeads, headDim = codebook?.headDim } = options
     const { window = codebook === undefined ? Infinity : 32 } = options
@@ -179,6 +207,10 @@ export class Cache {
     const attention = nativeLayers(options.layerOptions, layers, { queryHeads, headDim, rotary })
     codebook?.check({ layers, kvHeads, headDim, ...(rotary && { rotary: rotarySpec(rotary, headDim) }) })
 
+    const place = addon().findDevice({ device: options.device, deviceIndex: options.deviceIndex })
+    this.device = place.device as Exclude<DeviceName, 'auto'>
+    this.deviceIndex = place.deviceIndex
+    this.codebook = codebook
     this.layers = layers
     this.queryHeads = queryHeads
     this.kvHeads = kvHeads
@@ -186,7 +218,7 @@ export class Cache {
     this.sinks = sinks
     this.window = window
     this.native = addon().createCache({
-      codebook: codebook && nativeCodebook(codebook, device),
+      codebook: codebook && nativeCodebook(codebook, place),
       ...attention,
       config: {
         layers,
@@ -198,7 +230,7 @@ export class Cache {
         threads,
         memory: memory === Infinity ? undefined : memory,
       },
-      device,
+      ...place,
     })
   }
 
@@ -270,6 +302,29 @@ export class Sequence {
   }
 
   /**
+   * The same tokens as a sequence of another cache, which may be on another device: pages and full-precision tokens are the same bytes
+   * everywhere. This sequence is busy meanwhile.
+   * @param cache of the same shape, sinks and window, and with the same codebook
+   * @throws {CoupletError} `ERR_COUPLET_CODEBOOK_MISMATCH`, `ERR_COUPLET_CACHE_FULL`, `ERR_COUPLET_BUSY` inside an open step
+   */
+  async copyTo(cache: Cache): Promise<Sequence> {
+    this.#requireAlike(cache)
+    return new Sequence(cache, await addon().copySequence({ sequence: this.native, cache: cache.native }))
+  }
+
+  /** {@link copyTo}, blocking. */
+  copyToSync(cache: Cache): Sequence {
+    this.#requireAlike(cache)
+    return new Sequence(cache, addon().copySequenceSync({ sequence: this.native, cache: cache.native }))
+  }
+
+  #requireAlike(cache: Cache): void {
+    if (!(cache instanceof Cache)) throwExpected('a Cache', 'cache', cache)
+    if (sameTables(this.cache.codebook, cache.codebook)) return
+    throw new CoupletError('ERR_COUPLET_CODEBOOK_MISMATCH', 'Codes of one cache mean nothing to another whose codebook has other centroids')
+  }
+
+  /**
    * Keeps the first `tokens` tokens, as after speculative decoding. A token that has left the window stays coded: when the cut goes into
    * such tokens, the window holds fewer tokens in full precision until enough new ones have come.
    */
@@ -315,44 +370,62 @@ export class Step {
    * Stores keys and values of the new tokens in one layer and lets their queries attend, causally, to all tokens of their sequence.
    * The arrays are read and written in place while the promise is pending: do not change them, and do not transfer their buffers.
    *
+   * On a GPU arrays are uploaded and results downloaded; rows and `out` in the device's own memory are used where they are. With a `stream`
+   * the call comes behind what that holds. When `out` is memory of the device it then only enqueues: the promise settles when it has, the
+   * rows belong to the call until the stream has got there, and a NaN in them is an error of {@link commit}. Without a `stream` the
+   * promise settles when the work is done.
+   *
    * @param rows one for each row of the step
-   * @returns float32 [tokens][queryHeads][headDim] for each row
+   * @returns [tokens][queryHeads][headDim] for each row: `out` where it is given, else new arrays
    * @throws {RangeError} `ERR_COUPLET_NOT_FINITE` for a NaN or an infinity, with `layer`, `kvHead`, `token` (its position) and `channel`
-   * @throws {CoupletError} `ERR_COUPLET_BUSY` while another layer is computed, `ERR_COUPLET_DISPOSED` after commit or abort
+   * @throws {CoupletError} `ERR_COUPLET_BUSY` while another layer is computed, `ERR_COUPLET_DISPOSED` after commit or abort,
+   *   `ERR_COUPLET_UNSUPPORTED` for float16 and bfloat16 on the CPU, `ERR_COUPLET_OUT_OF_MEMORY`, `ERR_COUPLET_DEVICE` when the device failed
    * @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT`
    */
-  async attend(layer: number, rows: readonly AttendRow[], options: AttendOptions = {}): Promise<Float32Array[]> {
-    const call = this.#prepare(layer, rows, true)
-    requireObject(options, 'options')
+  async attend<Out extends CacheRows = Float32Array>(layer: number, rows: readonly AttendRow<Out>[], options: AttendOptions = {}): Promise<Out[]> {
+    const { call, outs } = this.#prepare(layer, rows, options, true)
     await abortable(options.signal, (cancel) => addon().attendStep({ ...call, cancel }))
-    return outputsOf(call)
+    return outs as Out[]
   }
 
   /** {@link attend}, blocking. */
-  attendSync(layer: number, rows: readonly AttendRow[], options: Record<string, never> = {}): Float32Array[] {
-    const call = this.#prepare(layer, rows, true)
+  attendSync<Out extends CacheRows = Float32Array>(layer: number, rows: readonly AttendRow<Out>[], options: AttendSyncOptions = {}): Out[] {
+    const { call, outs } = this.#prepare(layer, rows, options, true)
     refusePromiseOptions(options)
     addon().attendStepSync(call)
-    return outputsOf(call)
+    return outs as Out[]
   }
 
   /** Stores keys and values as {@link attend} does, without queries. */
-  async append(layer: number, rows: readonly AppendRow[], options: AttendOptions = {}): Promise<void> {
-    const call = this.#prepare(layer, rows, false)
-    requireObject(options, 'options')
+  async append(layer: number, rows: readonly AppendRow[], options: AppendOptions = {}): Promise<void> {
+    const { call } = this.#prepare(layer, rows, options, false)
     await abortable(options.signal, (cancel) => addon().attendStep({ ...call, cancel }))
   }
 
   /** {@link append}, blocking. */
-  appendSync(layer: number, rows: readonly AppendRow[], options: Record<string, never> = {}): void {
-    const call = this.#prepare(layer, rows, false)
+  appendSync(layer: number, rows: readonly AppendRow[], options: AppendSyncOptions = {}): void {
+    const { call } = this.#prepare(layer, rows, options, false)
     refusePromiseOptions(options)
     addon().attendStepSync(call)
   }
 
   /**
-   * Makes the new tokens part of their sequences.
-   * @throws {RangeError} `ERR_COUPLET_INVALID_ARGUMENT` while a layer is missing, with `layer`
+   * Waits for what calls with a `stream` have enqueued. {@link commit} and {@link abort} wait too, but block.
+   * @throws {RangeError} `ERR_COUPLET_NOT_FINITE`, as commit
+   */
+  async synchronize(): Promise<void> {
+    await addon().synchronizeStep({ step: this.native })
+  }
+
+  /** {@link synchronize}, blocking. */
+  synchronizeSync(): void {
+    addon().synchronizeStepSync({ step: this.native })
+  }
+
+  /**
+   * Makes the new tokens part of their sequences, when the device is done with them.
+   * @throws {RangeError} `ERR_COUPLET_INVALID_ARGUMENT` while a layer is missing, with `layer`; `ERR_COUPLET_NOT_FINITE` for rows of a call
+   *   that only enqueued: the step can then only be aborted
    */
   commit(): void {
     addon().commitStep(this.native)
@@ -368,31 +441,45 @@ export class Step {
     this.abort()
   }
 
-  #prepare(layer: number, rows: readonly (AppendRow & Partial<AttendRow>)[], attends: boolean): NativeAttendArguments {
+  #prepare(
+    layer: number, rows: readonly (AppendRow & Partial<AttendRow<CacheRows>>)[], options: AttendOptions, attends: boolean,
+  ): { call: NativeAttendArguments; outs: CacheRows[] } {
     const { layers, queryHeads, kvHeads, headDim } = this.cache
     requireInteger(layer, 'layer', 0, layers - 1)
+    requireObject(options, 'options')
     requireList(rows, 'rows')
     if (rows.length !== this.rows.length) throw rangeError(`Expected ${this.rows.length} entries for \`rows\` but received ${rows.length}`)
+    const first: Partial<AttendRow<CacheRows>> | undefined = rows.find((row) => row as unknown)
+    const dtype = dtypeOf(first?.keys, options.dtype)
+    const outDtype = dtypeOf(first?.out, options.outDtype, 'outDtype')
+    const outs: CacheRows[] = []
     const entries = this.rows.map(({ tokens }, index) => {
       const row = rows[index]
       requireObject(row, 'rows')
-      const { keys, values, queries, out } = row as Partial<AttendRow>
+      const kvElements = tokens * kvHeads * headDim
       const shape = `${tokens} tokens x ${kvHeads} kvHeads x ${headDim} headDim`
-      requireElements(keys, 'keys', tokens * kvHeads * headDim, shape)
-      requireElements(values, 'values', tokens * kvHeads * headDim, shape)
+      const keys = elementsOf(row.keys, 'keys', dtype, kvElements, shape)
+      const values = elementsOf(row.values, 'values', dtype, kvElements, shape)
       if (!attends) return { keys, values }
-      const elements = tokens * queryHeads * headDim
+      const queryElements = tokens * queryHeads * headDim
       const queryShape = `${tokens} tokens x ${queryHeads} queryHeads x ${headDim} headDim`
-      requireElements(queries, 'queries', elements, queryShape)
-      if (out !== undefined) requireElements(out, 'out', elements, queryShape)
-      return { keys, values, queries, out: out ?? resultArray(undefined, Float32Array, elements) }
+      const queries = elementsOf(row.queries, 'queries', dtype, queryElements, queryShape)
+      const out = row.out ?? resultArray<Float32Array | Uint16Array>(undefined, outDtype === 'float32' ? Float32Array : Uint16Array, queryElements)
+      outs.push(out)
+      return { keys, values, queries, out: elementsOf(out, 'out', outDtype, queryElements, queryShape) }
     })
-    return { step: this.native, layer, rows: entries }
+    return { call: { step: this.native, layer, dtype, outDtype, stream: options.stream, rows: entries }, outs }
   }
 }
 
-function outputsOf(call: NativeAttendArguments): Float32Array[] {
-  return call.rows.map(({ out }) => out as Float32Array)
+/** Rows as the addon takes them: of exactly so many elements, or memory of at least as many. */
+function elementsOf(value: unknown, name: string, dtype: ElementType, elements: number, shape: string): NativeRows {
+  if (isDeviceMemory(value)) return placeOf(value)
+  const isBits = isArray(value, Uint16Array) || isArray(value, { name: 'Float16Array' })
+  if ((dtype === 'float32' ? isArray(value, Float32Array) : isBits) && (value as Rows).length === elements) return rowsOf(value as Rows)
+  const kind = dtype === 'float32' ? 'Float32Array' : 'Uint16Array'
+  const message = `Expected a ${kind} of ${elements} elements (${shape}) for \`${name}\` but received ${describe(value)}`
+  throw ArrayBuffer.isView(value) ? rangeError(message) : typeError(message)
 }
 
 function requireList(value: unknown, name: string): void {
@@ -400,15 +487,26 @@ function requireList(value: unknown, name: string): void {
 }
 
 function requireElements(value: unknown, name: string, elements: number, shape: string): asserts value is Float32Array {
-  if (isArray(value, Float32Array) && value.length === elements) return
-  const message = `Expected a Float32Array of ${elements} elements (${shape}) for \`${name}\` but received ${describe(value)}`
-  throw ArrayBuffer.isView(value) ? rangeError(message) : typeError(message)
+  elementsOf(isDeviceMemory(value) ? undefined : value, name, 'float32', elements, shape)
+}
+
+/** Whether codes of one mean the same with the other. */
+function sameTables(one: Codebook | undefined, other: Codebook | undefined): boolean {
+  if (one === other || one === undefined || other === undefined) return one === other
+  if (one.layers !== other.layers) return false
+  return Array.from({ length: one.layers }, (_, layer) => layer).every((layer) =>
+    sameFloats(one.keyTable(layer), other.keyTable(layer)) && sameFloats(one.valueTable(layer), other.valueTable(layer)))
+}
+
+function sameFloats(one: Float32Array, other: Float32Array): boolean {
+  return one.length === other.length && one.every((value, index) => value === other[index])
 }
 
 /** The tables of a codebook as a backend keeps them, shared by its caches. */
 const nativeCodebooks = new WeakMap<Codebook, Map<string, NativeCodebook>>()
 
-function nativeCodebook(codebook: Codebook, device = 'cpu'): NativeCodebook {
+function nativeCodebook(codebook: Codebook, place: NativeDevice): NativeCodebook {
+  const device = `${place.device} ${place.deviceIndex}`
   const { layers, kvHeads, headDim, keyCodec, valueCodec } = codebook
   const everyLayer = Array.from({ length: layers }, (_, layer) => layer)
   const keyTables = everyLayer.map((layer) => codebook.keyTable(layer)) // throws after dispose()
@@ -417,7 +515,7 @@ function nativeCodebook(codebook: Codebook, device = 'cpu'): NativeCodebook {
   let native = held.get(device)
   if (native === undefined) {
     const valueTables = everyLayer.map((layer) => codebook.valueTable(layer))
-    native = addon().createCodebook({ layers, kvHeads, headDim, keyCodec, valueCodec, keyTables, valueTables, device })
+    native = addon().createCodebook({ layers, kvHeads, headDim, keyCodec, valueCodec, keyTables, valueTables, ...place })
     held.set(device, native)
   }
   return native

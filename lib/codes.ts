@@ -192,15 +192,18 @@ function prepareDecode(codes: Codes, options: DecodeSyncOptions): NativeCodesArg
   }
 }
 
-function dtypeOf(rows: Float32Array | Uint16Array | DeviceMemory | undefined, asked: ElementType | undefined): ElementType {
+/** @internal What rows are, or are to be. */
+export function dtypeOf(rows: unknown, asked: ElementType | undefined, name = 'dtype'): ElementType {
   const own = isDeviceMemory(rows) && 'dtype' in rows ? rows.dtype : undefined
-  const dtype = asked ?? own ?? (isArray(rows, Uint16Array) ? 'float16' : 'float32')
+  const isHalf = isArray(rows, Uint16Array) || isArray(rows, { name: 'Float16Array' })
+  const dtype = asked ?? own ?? (isHalf ? 'float16' : 'float32')
   if (!['float32', 'float16', 'bfloat16'].includes(dtype))
-    throwExpected('"float32", "float16" or "bfloat16"', 'dtype', dtype, typeof dtype === 'string')
+    throwExpected('"float32", "float16" or "bfloat16"', name, dtype, typeof dtype === 'string')
   return dtype
 }
 
-function rowsOf(rows: Rows): Float32Array | Uint16Array {
+/** @internal The bits of float16 as a Uint16Array. */
+export function rowsOf(rows: Rows): Float32Array | Uint16Array {
   if (isArray(rows, Float32Array) || isArray(rows, Uint16Array)) return rows
   if (isArray(rows, { name: 'Float16Array' })) return new Uint16Array(rows.buffer, rows.byteOffset, rows.length)
   throw typeError(`Expected a Float32Array, a Float16Array or a Uint16Array of its bits for \`rows\` but received ${describe(rows)}`)

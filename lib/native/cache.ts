@@ -1,3 +1,5 @@
+import type { ElementType } from '../device'
+import type { NativeDevice, NativeMemory } from './device'
 import type { Handle } from './handle'
 import type { NativeControl } from './operations'
 
@@ -14,7 +16,7 @@ export interface NativeCodec {
 }
 
 /** couplet::Codebook::Shape (native/cache/cache.h) and its tables: one per layer, [kvHeads][groups][centroids][groupChannels], copied. */
-export interface NativeCodebookArguments {
+export interface NativeCodebookArguments extends NativeDevice {
   layers: number
   kvHeads: number
   headDim: number
@@ -22,7 +24,6 @@ export interface NativeCodebookArguments {
   valueCodec: NativeCodec
   keyTables: Float32Array[]
   valueTables: Float32Array[]
-  device?: string | undefined
 }
 
 /** couplet_rotary_params: theta, or cos and sin of [positions][dim / 2]. Copied. */
@@ -45,7 +46,7 @@ export interface NativeLayerOptions {
 }
 
 /** couplet::CacheConfig. */
-export interface NativeCacheArguments {
+export interface NativeCacheArguments extends NativeDevice {
   codebook?: NativeCodebook | undefined
   layers: NativeLayerOptions[]
   rotaries: NativeRotary[]
@@ -60,7 +61,6 @@ export interface NativeCacheArguments {
     threads?: number | undefined
     memory?: number | undefined
   }
-  device?: string | undefined
 }
 
 /** couplet::CacheStatistics. */
@@ -79,15 +79,21 @@ export interface NativeCacheStatistics {
   bitsPerChannel: number
 }
 
-/** couplet::Step::attend for one layer; a row has queries and out, or neither. */
+/** Float32Array, or Uint16Array for the 16 bits of a float16 or bfloat16. */
+export type NativeRows = Float32Array | Uint16Array | NativeMemory
+
+/** couplet::Step::attend for one layer; a row has queries and out, or neither. All inputs are arrays or all memory, and all outs. */
 export interface NativeAttendArguments extends NativeControl {
   step: NativeStep
   layer: number
+  dtype: ElementType
+  outDtype: ElementType
+  stream?: bigint | undefined
   rows: {
-    keys: Float32Array
-    values: Float32Array
-    queries?: Float32Array | undefined
-    out?: Float32Array | undefined
+    keys: NativeRows
+    values: NativeRows
+    queries?: NativeRows | undefined
+    out?: NativeRows | undefined
   }[]
 }
 
@@ -95,6 +101,8 @@ export interface NativeAttendArguments extends NativeControl {
 export interface CacheAddon {
   /** Napi::Value create_codebook(const Napi::CallbackInfo& info) */
   createCodebook(options: NativeCodebookArguments): NativeCodebook
+  /** Napi::Value find_device(const Napi::CallbackInfo& info): what `auto` and defaults mean; throws when it is not there */
+  findDevice(options: NativeDevice): { device: string; deviceIndex: number }
   /** Napi::Value create_cache(const Napi::CallbackInfo& info) */
   createCache(options: NativeCacheArguments): NativeCache
   /** Napi::Value cache_statistics(const Napi::CallbackInfo& info) */
@@ -105,6 +113,10 @@ export interface CacheAddon {
   createSequence(cache: NativeCache): NativeSequence
   /** Napi::Value fork_sequence(const Napi::CallbackInfo& info) */
   forkSequence(sequence: NativeSequence): NativeSequence
+  /** Napi::Value promise_form<CopyWorker>(const Napi::CallbackInfo& info) */
+  copySequence(options: { sequence: NativeSequence; cache: NativeCache }): Promise<NativeSequence>
+  /** Napi::Value sync_form<CopyWorker>(const Napi::CallbackInfo& info) */
+  copySequenceSync(options: { sequence: NativeSequence; cache: NativeCache }): NativeSequence
   /** Napi::Value sequence_length(const Napi::CallbackInfo& info) */
   sequenceLength(sequence: NativeSequence): number
   /** Napi::Value truncate_sequence(const Napi::CallbackInfo& info) */
@@ -113,10 +125,14 @@ export interface CacheAddon {
   disposeSequence(sequence: NativeSequence): void
   /** Napi::Value begin_step(const Napi::CallbackInfo& info) */
   beginStep(options: { cache: NativeCache; rows: { sequence: NativeSequence; tokens: number }[]; prefill: 'exact' | 'coded' }): NativeStep
-  /** Napi::Value attend_step(const Napi::CallbackInfo& info) */
+  /** Napi::Value promise_form<AttendWorker>(const Napi::CallbackInfo& info) */
   attendStep(options: NativeAttendArguments): Promise<void>
-  /** Napi::Value attend_step_sync(const Napi::CallbackInfo& info) */
+  /** Napi::Value sync_form<AttendWorker>(const Napi::CallbackInfo& info) */
   attendStepSync(options: NativeAttendArguments): void
+  /** Napi::Value promise_form<SynchronizeWorker>(const Napi::CallbackInfo& info) */
+  synchronizeStep(options: { step: NativeStep }): Promise<void>
+  /** Napi::Value sync_form<SynchronizeWorker>(const Napi::CallbackInfo& info) */
+  synchronizeStepSync(options: { step: NativeStep }): void
   /** Napi::Value commit_step(const Napi::CallbackInfo& info) */
   commitStep(step: NativeStep): void
   /** Napi::Value abort_step(const Napi::CallbackInfo& info) */

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "../dispatch/dispatch.h"
+#include "device.h"
 #include "error.h"
 #include "exports.h"
 #include "handles.h"
@@ -20,12 +20,14 @@ LayerOptions::LayerOptions(Device device, const CacheConfig& config, const Napi:
   Options const options(object);
   try {
     Napi::Array const rotaries = options.list("rotaries");
+    std::vector<int32_t> positions;
     for (uint32_t i = 0; i < rotaries.Length(); ++i) {
       Options const given(rotaries.Get(i), "rotary");
       couplet_rotary_params params = {};
       params.kind = given.string("kind") == "interleaved" ? COUPLET_ROTARY_INTERLEAVED : COUPLET_ROTARY_HALF;
       params.rotary_dim = given.integer("dim", 2, config.head_dim);
       params.positions = given.integer("positions", 1);
+      positions.push_back(params.positions);
       params.head_dim = config.head_dim;
       params.theta = given.number_or("theta", 0, 0, std::numeric_limits<double>::max());
       size_t const angles = product({params.positions, params.rotary_dim / 2});
@@ -47,12 +49,19 @@ LayerOptions::LayerOptions(Device device, const CacheConfig& config, const Napi:
       layer.softcap = static_cast<float>(given.number_or("softcap", 0, 0, most));
       layer.local_window = given.integer_or("localWindow", 0, 0);
       if (given.has("rotary")) {
-        layer.rotary =
-            rotaries_[static_cast<size_t>(given.integer("rotary", 0, static_cast<int32_t>(rotaries_.size()) - 1))];
+        auto const index = static_cast<size_t>(given.integer("rotary", 0, static_cast<int32_t>(rotaries_.size()) - 1));
+        layer.rotary = rotaries_[index];
+        layer.positions = positions[index];
       }
       if (!given.has("headSinks")) continue;
       View<float> const sinks = given.array<float>("headSinks", static_cast<size_t>(config.query_heads));
-      layer.head_sinks = head_sinks_.emplace_back(sinks.data, sinks.data + sinks.length).data();
+      DeviceMemory& memory = head_sinks_.emplace_back();
+      size_t const bytes = static_cast<size_t>(config.query_heads) * sizeof(float);
+      couplet_report report{};
+      throw_unless_ok(object.Env(), memory.allocate(device, bytes, &report), report);
+      throw_unless_ok(object.Env(), device.backend->memory.copy(memory.get(), sinks.data, bytes, nullptr, &report),
+                      report);
+      layer.head_sinks = memory.get<float>();
     }
   } catch (...) {
     release();
@@ -69,7 +78,9 @@ void LayerOptions::release() {
 
 CacheOwner::~CacheOwner() { report(0); }
 
-void CacheOwner::report_memory() { report(cache_->memory_bytes()); }
+void CacheOwner::report_memory() {
+  if (cache_->device().is_host()) report(cache_->memory_bytes());
+}
 
 void CacheOwner::report(int64_t bytes) {
   if (bytes != reported_bytes_) Napi::MemoryManagement::AdjustExternalMemory(env_, bytes - reported_bytes_);
@@ -87,9 +98,10 @@ struct CodebookHandle {
   std::shared_ptr<const Codebook> codebook;
 
   CodebookHandle(Napi::Env owner, std::shared_ptr<const Codebook> made) : env(owner), codebook(std::move(made)) {
-    Napi::MemoryManagement::AdjustExternalMemory(env, static_cast<int64_t>(codebook->bytes()));
+    Napi::MemoryManagement::AdjustExternalMemory(env, host_bytes());
   }
-  ~CodebookHandle() { Napi::MemoryManagement::AdjustExternalMemory(env, -static_cast<int64_t>(codebook->bytes())); }
+  ~CodebookHandle() { Napi::MemoryManagement::AdjustExternalMemory(env, -host_bytes()); }
+  int64_t host_bytes() const { return codebook->device().is_host() ? static_cast<int64_t>(codebook->bytes()) : 0; }
 };
 
 std::vector<const float*> read_tables(const Options& options, const char* name, const Codebook::Shape& shape,
@@ -120,6 +132,15 @@ Napi::Value create_codebook(const Napi::CallbackInfo& info) {
 }
 
 // ---- caches -------------------------------------------------------------------------------------------------------
+
+// The device that `device` and `deviceIndex` mean, which has to be there.
+Napi::Value find_device(const Napi::CallbackInfo& info) {
+  Device const device = read_device(Options(info[0]));
+  Napi::Object const object = Napi::Object::New(info.Env());
+  object.Set("device", Napi::String::New(info.Env(), device.backend->name));
+  object.Set("deviceIndex", Napi::Number::New(info.Env(), device.index));
+  return object;
+}
 
 Napi::Value create_cache(const Napi::CallbackInfo& info) {
   Options const options(info[0]);
@@ -219,6 +240,28 @@ Napi::Value truncate_sequence(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
+class CopyWorker : public Worker {
+ public:
+  explicit CopyWorker(const Options& options)
+      : Worker(options.env()),
+        from_(read_handle<SequenceHandle>(options.get("sequence"), "sequence").owner),
+        to_(read_handle<CacheHandle>(options.get("cache"), "cache").owner),
+        id_(read_handle<SequenceHandle>(options.get("sequence"), "sequence").id) {}
+
+ protected:
+  couplet_status execute(couplet_report* report) override {
+    return from_->cache()->copy_to(id_, to_->cache().get(), &copy_, report);
+  }
+  Napi::Value result(Napi::Env env) override {
+    to_->report_memory();
+    return make_handle(env, std::make_unique<SequenceHandle>(to_, copy_));
+  }
+
+ private:
+  std::shared_ptr<CacheOwner> from_, to_;
+  SequenceId id_, copy_ = 0;
+};
+
 // Idempotent: a sequence that is gone, with its cache or alone, stays gone.
 Napi::Value dispose_sequence(const Napi::CallbackInfo& info) {
   SequenceHandle const& sequence = read_handle<SequenceHandle>(info[0], "sequence");
@@ -257,11 +300,6 @@ Napi::Value begin_step(const Napi::CallbackInfo& info) {
   return make_handle(info.Env(), std::move(handle));
 }
 
-bool overlap(const View<float>& a, const View<float>& b) {
-  std::less<const float*> const before;
-  return a.length > 0 && b.length > 0 && before(a.data, b.data + b.length) && before(b.data, a.data + a.length);
-}
-
 class AttendWorker : public Worker {
  public:
   explicit AttendWorker(const Options& options) : Worker(options.env()) {
@@ -271,6 +309,11 @@ class AttendWorker : public Worker {
     const CacheConfig& config = owner_->cache()->config();
     layer_ = options.integer("layer", 0, config.layers - 1);
     options_ = (*step_->layers)[static_cast<size_t>(layer_)];
+    options_.inputs.dtype = read_dtype(options, "dtype");
+    options_.outputs.dtype = read_dtype(options, "outDtype");
+    if (options.has("stream")) options_.stream = read_stream(options.get("stream"), "stream");
+    if (options.has("stream") && owner_->cache()->device().is_host())
+      throw range_error(env(), "Expected no `stream` for a cache on the CPU but received one");
     Napi::Array const list = options.list("rows");
     std::span<const StepRow> const rows = step_->step->rows();
     if (list.Length() != rows.size()) {
@@ -293,42 +336,83 @@ class AttendWorker : public Worker {
   }
 
  private:
+  struct Elements {
+    uint8_t* data = nullptr;
+    size_t bytes = 0;
+    bool overlaps(const Elements& other) const {
+      std::less<const uint8_t*> const before;
+      return bytes > 0 && other.bytes > 0 && before(data, other.data + other.bytes) && before(other.data, data + bytes);
+    }
+  };
+
   void read_row(const Options& row, int32_t tokens, const CacheConfig& config) {
     int64_t const kv_stride = int64_t{config.kv_heads} * config.head_dim,
                   query_stride = int64_t{config.query_heads} * config.head_dim;
-    View<float> const keys = row.array<float>("keys", product({tokens, kv_stride}));
-    View<float> const values = row.array<float>("values", product({tokens, kv_stride}));
+    Elements const keys = read_elements(row, "keys", product({tokens, kv_stride}), options_.inputs, &inputs_place_);
+    Elements const values = read_elements(row, "values", product({tokens, kv_stride}), options_.inputs, &inputs_place_);
     StepData& data = data_.emplace_back();
-    data.keys = pin(keys);
-    data.values = pin(values);
+    data.keys = keys.data;
+    data.values = values.data;
     data.key_token_stride = data.value_token_stride = kv_stride;
     data.key_head_stride = data.value_head_stride = data.query_head_stride = data.output_head_stride = config.head_dim;
     data.query_token_stride = data.output_token_stride = query_stride;
     if (!row.has("queries")) return;
-    View<float> const queries = row.array<float>("queries", product({tokens, query_stride}));
-    View<float> const out = row.array<float>("out", product({tokens, query_stride}));
-    if (overlap(out, queries) || overlap(out, keys) || overlap(out, values)) {
+    size_t const elements = product({tokens, query_stride});
+    Elements const queries = read_elements(row, "queries", elements, options_.inputs, &inputs_place_);
+    Elements const out = read_elements(row, "out", elements, options_.outputs, &outputs_place_);
+    if (out.overlaps(queries) || out.overlaps(keys) || out.overlaps(values)) {
       throw range_error(env(),
                         "Expected an array that shares no memory with the inputs for `out` but received one that does");
     }
-    data.queries = pin(queries);
-    data.outputs = pin(out);
+    data.queries = queries.data;
+    data.outputs = out.data;
+  }
+
+  // All inputs of a call lie in one place, and all outputs in one.
+  Elements read_elements(const Options& row, const char* name, size_t count, RowFormat& format,
+                         const char** place_name) {
+    Napi::Value const value = row.get(name);
+    size_t const bytes = product({static_cast<int64_t>(count), format.dtype == COUPLET_FLOAT32 ? 4 : 2});
+    couplet::Place const place = is_memory(value) ? couplet::Place::device : couplet::Place::host;
+    if (*place_name && format.place != place)
+      throw_expected(env(), std::string("the same kind of memory as for `") + *place_name + "`", name, value);
+    *place_name = name;
+    format.place = place;
+    if (place == couplet::Place::host) {
+      if (format.dtype == COUPLET_FLOAT32)
+        return {reinterpret_cast<uint8_t*>(pin(row.array<float>(name, count))), bytes};
+      return {reinterpret_cast<uint8_t*>(pin(row.array<uint16_t>(name, count))), bytes};
+    }
+    MemoryView view = read_memory(value, name, bytes, format.dtype == COUPLET_FLOAT32 ? 4 : 2);
+    Device const device = owner_->cache()->device();
+    if (view.owner && view.owner->device() != device)
+      throw range_error(env(), "Expected memory of device " + std::to_string(device.index) + " of " +
+                                   device.backend->name + " for `" + name + "` but received that of another");
+    if (view.owner) kept_.push_back(std::move(view.owner));
+    return {static_cast<uint8_t*>(view.address), bytes};
   }
 
   std::shared_ptr<CacheOwner> owner_;
   std::shared_ptr<const OpenStep> step_;
   int32_t layer_ = 0;
   AttendOptions options_;
+  const char* inputs_place_ = nullptr;  // whose place the others' has to be
+  const char* outputs_place_ = nullptr;
+  std::vector<std::shared_ptr<const DeviceMemory>> kept_;
   std::vector<StepData> data_;
 };
 
-Napi::Value attend_step(const Napi::CallbackInfo& info) {
-  return run_async(info.Env(), std::make_unique<AttendWorker>(Options(info[0])));
-}
+class SynchronizeWorker : public Worker {
+ public:
+  explicit SynchronizeWorker(const Options& options)
+      : Worker(options.env()), step_(read_handle<StepHandle>(options.get("step"), "step").step) {}
 
-Napi::Value attend_step_sync(const Napi::CallbackInfo& info) {
-  return run_sync(info.Env(), std::make_unique<AttendWorker>(Options(info[0])));
-}
+ protected:
+  couplet_status execute(couplet_report* report) override { return step_->step->synchronize(report); }
+
+ private:
+  std::shared_ptr<const OpenStep> step_;
+};
 
 Napi::Value commit_step(const Napi::CallbackInfo& info) {
   StepHandle const& handle = read_handle<StepHandle>(info[0], "step");
@@ -349,17 +433,22 @@ Napi::Value abort_step(const Napi::CallbackInfo& info) {
 
 void export_cache(Napi::Env env, Napi::Object exports) {
   exports.Set("createCodebook", Napi::Function::New(env, create_codebook, "createCodebook"));
+  exports.Set("findDevice", Napi::Function::New(env, find_device, "findDevice"));
   exports.Set("createCache", Napi::Function::New(env, create_cache, "createCache"));
   exports.Set("cacheStatistics", Napi::Function::New(env, cache_statistics, "cacheStatistics"));
   exports.Set("disposeCache", Napi::Function::New(env, dispose_cache, "disposeCache"));
   exports.Set("createSequence", Napi::Function::New(env, create_sequence, "createSequence"));
   exports.Set("forkSequence", Napi::Function::New(env, fork_sequence, "forkSequence"));
+  exports.Set("copySequence", Napi::Function::New(env, promise_form<CopyWorker>, "copySequence"));
+  exports.Set("copySequenceSync", Napi::Function::New(env, sync_form<CopyWorker>, "copySequenceSync"));
   exports.Set("sequenceLength", Napi::Function::New(env, sequence_length, "sequenceLength"));
   exports.Set("truncateSequence", Napi::Function::New(env, truncate_sequence, "truncateSequence"));
   exports.Set("disposeSequence", Napi::Function::New(env, dispose_sequence, "disposeSequence"));
   exports.Set("beginStep", Napi::Function::New(env, begin_step, "beginStep"));
-  exports.Set("attendStep", Napi::Function::New(env, attend_step, "attendStep"));
-  exports.Set("attendStepSync", Napi::Function::New(env, attend_step_sync, "attendStepSync"));
+  exports.Set("attendStep", Napi::Function::New(env, promise_form<AttendWorker>, "attendStep"));
+  exports.Set("attendStepSync", Napi::Function::New(env, sync_form<AttendWorker>, "attendStepSync"));
+  exports.Set("synchronizeStep", Napi::Function::New(env, promise_form<SynchronizeWorker>, "synchronizeStep"));
+  exports.Set("synchronizeStepSync", Napi::Function::New(env, sync_form<SynchronizeWorker>, "synchronizeStepSync"));
   exports.Set("commitStep", Napi::Function::New(env, commit_step, "commitStep"));
   exports.Set("abortStep", Napi::Function::New(env, abort_step, "abortStep"));
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../cache/cache.h"
+#include "../call/memory.h"
 
 namespace couplet::binding {
 
@@ -26,7 +27,7 @@ class LayerOptions {
 
   Device device_;
   std::vector<couplet_rotary*> rotaries_;
-  std::vector<std::vector<float>> head_sinks_;
+  std::vector<DeviceMemory> head_sinks_;
   std::vector<AttendOptions> layers_;
 };
 
@@ -41,7 +42,8 @@ class CacheOwner {
 
   const std::shared_ptr<Cache>& cache() const { return cache_; }
   const std::shared_ptr<const LayerOptions>& options() const { return options_; }
-  void report_memory();  // tells V8 what blocks have come and gone since the last time
+  // Tells V8 what blocks have come and gone in memory of the host since the last time; of a GPU's it knows nothing.
+  void report_memory();
 
  private:
   void report(int64_t bytes);
@@ -60,8 +62,8 @@ struct CacheHandle {
 
 // What a call off the JS thread needs to attend: it may outlive the handle, and the last of them aborts the step.
 struct OpenStep {
-  std::shared_ptr<Step> step;
   std::shared_ptr<const std::vector<AttendOptions>> layers;  // [config.layers]
+  std::shared_ptr<Step> step;                                // the first to go: its end waits for what reads the above
 };
 
 struct StepHandle {

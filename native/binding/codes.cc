@@ -74,14 +74,6 @@ Napi::Value dispose_tables(const Napi::CallbackInfo& info) {
 
 // ---- encode and decode --------------------------------------------------------------------------------------------
 
-int32_t read_dtype(const Options& options) {
-  std::string const name = options.string("dtype");
-  if (name == "float32") return COUPLET_FLOAT32;
-  if (name == "float16") return COUPLET_FLOAT16;
-  if (name == "bfloat16") return COUPLET_BFLOAT16;
-  throw_expected(options.env(), "\"float32\", \"float16\" or \"bfloat16\"", "dtype", options.get("dtype"), true);
-}
-
 template <class Params>
 class CodesWorker : public DeviceWorker {
  public:
@@ -97,7 +89,7 @@ class CodesWorker : public DeviceWorker {
     p.token_stride = options.integer<int64_t>("tokenStride", 0, most_stride);
     p.head_stride = options.integer<int64_t>("headStride", 0, most_stride);
     p.threads = read_threads(options);
-    p.dtype = read_dtype(options);
+    p.dtype = read_dtype(options, "dtype");
     if (p.page_tokens % 8 != 0)
       throw range_error(env(),
                         "Expected a multiple of 8 for `pageTokens` but received " + std::to_string(p.page_tokens));

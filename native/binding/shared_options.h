@@ -46,6 +46,15 @@ inline couplet_codec read_codec(const Options& options) {
           .code_bits = options.integer("codeBits", 1, COUPLET_MAX_CODE_BITS)};
 }
 
+// A couplet_dtype by its name.
+inline int32_t read_dtype(const Options& options, const char* name) {
+  std::string const dtype = options.string(name);
+  if (dtype == "float32") return COUPLET_FLOAT32;
+  if (dtype == "float16") return COUPLET_FLOAT16;
+  if (dtype == "bfloat16") return COUPLET_BFLOAT16;
+  throw_expected(options.env(), "\"float32\", \"float16\" or \"bfloat16\"", name, options.get(name), true);
+}
+
 // `threads`, default 0: all cores.
 inline int32_t read_threads(const Options& options) { return options.integer_or("threads", 0, 0, most_threads); }
 

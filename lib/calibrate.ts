@@ -3,6 +3,7 @@ import { requireCallOptions, requireInteger, requireObject, resultArray } from '
 import { chunks } from './chunks'
 import { type Codec, codec as parseCodec } from './codec'
 import { Codebook } from './codebook'
+import type { DeviceOptions } from './device'
 import { rangeError, throwExpected, typeError } from './errors'
 import { kmeans } from './kmeans'
 import { GradientFile } from './gradient/file'
@@ -25,7 +26,7 @@ export interface CalibrationProgress {
 }
 
 interface Common {
-  /** Seed of the reservoir and of k-means. Default 0. The same seed and text give the same codebook on any number of threads. */
+  /** Seed of the reservoir and of k-means. Default 0. The same seed and text give the same codebook on any number of threads of a kind of device. */
   seed?: number | bigint
   threads?: number
   signal?: AbortSignal
@@ -50,7 +51,8 @@ export interface CaptureActivationsOptions extends Common {
   gradients?: string
 }
 
-export interface LearnOptions extends Common {
+/** `device` is where centroids are learned; a text is run on the CPU in any case. */
+export interface LearnOptions extends Common, DeviceOptions {
   /** Such as `'cq-8c8b'`, or one for each side. */
   codec: string | Codec | { key: string | Codec; value: string | Codec }
   /** Lloyd iterations at most. Default 100. */
@@ -181,7 +183,7 @@ export async function learnCodebook(captured: Captured, options: LearnOptions): 
   requireModel(model)
   requireCallOptions(options)
   const { layers, kvHeads, headDim, rotary } = model.shape
-  const { iterations = 100, seed = 0, threads, signal, onProgress } = options
+  const { iterations = 100, seed = 0, threads, signal, onProgress, device, deviceIndex } = options
   const codecs = bothSides(options.codec, headDim)
 
   const learnSide = async (side: 'key' | 'value', offset: number): Promise<Float32Array[]> => {
@@ -196,6 +198,8 @@ export async function learnCodebook(captured: Captured, options: LearnOptions): 
       centroids,
       iterations,
       seed,
+      device,
+      deviceIndex,
       // The reservoir is [token][layer][kvHead][headDim]: consecutive groups are consecutive problems.
       layout: {
         problemStride: groupChannels,

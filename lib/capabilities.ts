@@ -24,5 +24,6 @@ export interface Capabilities {
  * @throws {CoupletError} `ERR_COUPLET_ADDON` when the addon itself cannot be loaded
  */
 export function capabilities(): Capabilities {
-  return addon().capabilities()
+  const native = addon()
+  return { ...native.buildInfo(), backends: { cpu: native.backendState('cpu'), cuda: native.backendState('cuda') } }
 }

@@ -1,6 +1,8 @@
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <deque>
 #include <map>
 #include <memory>
@@ -120,6 +122,16 @@ Queue& queue() {
   return queue;
 }
 
+// COUPLET_SIM_BREAK=n: the n-th launch of the process ends as one that read where nothing is. For tests of what comes after.
+bool is_to_break() {
+  static uint64_t const asked = [] {
+    const char* const text = std::getenv("COUPLET_SIM_BREAK");
+    return text ? std::strtoull(text, nullptr, 10) : 0;
+  }();
+  static std::atomic<uint64_t> launches{0};
+  return ++launches == asked;
+}
+
 }  // namespace
 
 cudaError_t enqueue_launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
@@ -129,7 +141,12 @@ cudaError_t enqueue_launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStrea
     return remember(cudaErrorInvalidConfiguration);
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) return remember(cudaErrorInvalidConfiguration);
   if (shared_bytes > options().shared_limit) return remember(cudaErrorInvalidValue);
+  bool const breaks = is_to_break();
   return remember(queue().enqueue(stream, [=, kernel = std::move(kernel)]() mutable {
+    if (breaks) {
+      fail(Location::current(), "this launch breaks because COUPLET_SIM_BREAK asks for it");
+      return cudaErrorLaunchFailure;
+    }
     auto const call = [](void* function) { (*static_cast<std::function<void()>*>(function))(); };
     return run({grid, block, shared_bytes, call, &kernel}) ? cudaSuccess : cudaErrorLaunchFailure;
   }));

@@ -2,7 +2,8 @@ import { access, constants, readFile } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { Command, Option } from 'commander'
 import { calibrate, type WeightKind } from '../calibrate'
-import { codecName, integer, lengthOption, modelOption, seedOption, threadsOption } from './options'
+import type { DeviceName } from '../device'
+import { codecName, deviceIndexOption, deviceOption, integer, lengthOption, modelOption, seedOption, threadsOption } from './options'
 import { Progress } from './progress'
 
 interface Flags {
@@ -17,6 +18,8 @@ interface Flags {
   out: string
   seed: number
   threads?: number
+  device: DeviceName
+  deviceIndex: number
 }
 
 export function calibrateCommand(signal: AbortSignal): Command {
@@ -33,6 +36,8 @@ export function calibrateCommand(signal: AbortSignal): Command {
     .requiredOption('--out <file>', 'codebook to write (safetensors)')
     .addOption(seedOption())
     .addOption(threadsOption())
+    .addOption(deviceOption())
+    .addOption(deviceIndexOption())
     .action(async (flags: Flags) => {
       const progress = new Progress()
       try {

@@ -1,12 +1,12 @@
 import { Command } from 'commander'
-import { capabilities } from '../capabilities'
+import { type BackendState, capabilities } from '../capabilities'
 import { openOnnxruntime } from '../onnx/library'
 
 type Found = { available: true; version: string; library: string } | { available: false; reason: string }
 
 export function doctorCommand(): Command {
   return new Command('doctor')
-    .description('say what is loaded, which backends run here and why one does not')
+    .description('say what is loaded, which backends and devices are here and why one is not')
     .option('--json', 'print one JSON object')
     .action((flags: { json?: boolean }) => {
       const found = { ...capabilities(), onnxruntime: findOnnxruntime() }
@@ -18,11 +18,30 @@ export function doctorCommand(): Command {
       row('couplet', `${found.version} (ABI ${found.abi}, packed layout ${found.layout})`)
       row('node', `${process.version} ${process.platform}-${process.arch}, ${found.cores} cores`)
       for (const [name, backend] of Object.entries(found.backends)) {
-        row(name, backend.available ? `available, ${backend.variant}` : `not available: ${backend.reason}`)
+        for (const [line, text] of linesOf(backend).entries()) row(line === 0 ? name : '', text)
       }
       const { onnxruntime } = found
       row('onnxruntime', onnxruntime.available ? `${onnxruntime.version} (${onnxruntime.library})` : `not available: ${onnxruntime.reason}`)
     })
+}
+
+/** A backend, and each of its devices. */
+export function linesOf(backend: BackendState): string[] {
+  if (!backend.available) return [`not available: ${backend.reason}`]
+  const { variant, driver, runtime, devices } = backend
+  const versions = [driver && `driver for CUDA ${driver}`, runtime && `built with CUDA ${runtime}`].filter(Boolean)
+  const unit = driver === undefined ? 'cores' : 'multiprocessors'
+  return [
+    ['available', variant, ...versions].join(', '),
+    ...devices.map((device) => 'reason' in device
+      ? `device ${device.index}: not usable: ${device.reason}`
+      : `device ${device.index}: ${device.name}, ${device.architecture}, ${device.multiprocessors} ${unit}, ` +
+        `${gibibytes(device.freeBytes)} of ${gibibytes(device.memoryBytes)} GiB free`),
+  ]
+}
+
+function gibibytes(bytes: number): string {
+  return (bytes / 2 ** 30).toFixed(1)
 }
 
 function findOnnxruntime(): Found {

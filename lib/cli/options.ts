@@ -28,6 +28,9 @@ export function codecName(text: string): string {
 
 export const modelOption = (): Option => new Option('--model <directory>', 'directory of the model: tokenizer.json, onnx/model.onnx').makeOptionMandatory()
 export const lengthOption = (): Option => new Option('--length <tokens>', 'tokens of a chunk, each a sequence of its own').default(512).argParser(integer(2))
+export const deviceOption = (): Option =>
+  new Option('--device <name>', 'where to compute; auto: cuda where it can be had').choices(['cpu', 'cuda', 'auto']).default('cpu')
+export const deviceIndexOption = (): Option => new Option('--device-index <index>', 'which device of several').default(0).argParser(integer(0))
 export const threadsOption = (): Option => new Option('--threads <count>', 'threads (default: all cores)').argParser(integer(1, 256))
 export const seedOption = (): Option => new Option('--seed <integer>', 'same seed, same result').default(0).argParser(integer(0))
 export const windowOption = (): Option => new Option('--window <tokens>', 'newest tokens kept in full precision').default(32).argParser(integer(0))

@@ -31,19 +31,20 @@ export type BackendState =
   }
   | { available: false; reason: string }
 
-export interface NativeCapabilities {
+export interface NativeBuildInfo {
   version: string
   abi: number
   layout: number
   isa: string
   cores: number
-  backends: Record<'cpu' | 'cuda', BackendState>
 }
 
 /** What native/binding/capabilities.cc exports. */
 export interface CapabilitiesAddon {
   /** COUPLET_VERSION: the package version that the addon was built for. */
   readonly version: string
-  /** Napi::Value capabilities(const Napi::CallbackInfo& info) */
-  capabilities(): NativeCapabilities
+  /** Napi::Value build_info(const Napi::CallbackInfo& info) */
+  buildInfo(): NativeBuildInfo
+  /** Napi::Value backend_state(const Napi::CallbackInfo& info) */
+  backendState(name: string): BackendState
 }

@@ -48,27 +48,26 @@ Napi::Object available(Napi::Env env, const couplet_backend* backend) {
   return object;
 }
 
-Napi::Value capabilities(const Napi::CallbackInfo& info) {
+// Of the backend of this name.
+Napi::Value backend_state(const Napi::CallbackInfo& info) {
   Napi::Env const env = info.Env();
-  Napi::Object const backends = Napi::Object::New(env);
-  for (const char* name : backend_names()) {
-    couplet_report report{};
-    if (const couplet_backend* const backend = find_backend(name, &report)) {
-      backends.Set(name, available(env, backend));
-      continue;
-    }
-    Napi::Object const missing = Napi::Object::New(env);
-    missing.Set("available", Napi::Boolean::New(env, false));
-    missing.Set("reason", Napi::String::New(env, report.detail));
-    backends.Set(name, missing);
-  }
-  Napi::Object result = Napi::Object::New(env);
+  couplet_report report{};
+  if (const couplet_backend* const backend = find_backend(read_string(info[0], "name"), &report))
+    return available(env, backend);
+  Napi::Object const missing = Napi::Object::New(env);
+  missing.Set("available", Napi::Boolean::New(env, false));
+  missing.Set("reason", Napi::String::New(env, report.detail));
+  return missing;
+}
+
+Napi::Value build_info(const Napi::CallbackInfo& info) {
+  Napi::Env const env = info.Env();
+  Napi::Object const result = Napi::Object::New(env);
   result.Set("version", Napi::String::New(env, COUPLET_VERSION));
   result.Set("abi", Napi::Number::New(env, COUPLET_ABI_VERSION));
   result.Set("layout", Napi::Number::New(env, COUPLET_LAYOUT_VERSION));
   result.Set("isa", Napi::String::New(env, find_backend("cpu", nullptr)->variant()));
   result.Set("cores", Napi::Number::New(env, core_count()));
-  result.Set("backends", backends);
   return result;
 }
 
@@ -76,7 +75,8 @@ Napi::Value capabilities(const Napi::CallbackInfo& info) {
 
 void export_capabilities(Napi::Env env, Napi::Object exports) {
   exports.Set("version", Napi::String::New(env, COUPLET_VERSION));
-  exports.Set("capabilities", Napi::Function::New(env, capabilities, "capabilities"));
+  exports.Set("buildInfo", Napi::Function::New(env, build_info, "buildInfo"));
+  exports.Set("backendState", Napi::Function::New(env, backend_state, "backendState"));
 }
 
 }  // namespace couplet::binding

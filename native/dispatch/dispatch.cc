@@ -57,11 +57,6 @@ const couplet_backend* find_backend(const std::string& name, couplet_report* rep
   return entry->second.backend;
 }
 
-std::span<const char* const> backend_names() {
-  static constexpr const char* names[] = {"cpu", "cuda"};
-  return names;
-}
-
 int core_count() { return cpu::core_count(); }
 
 const couplet_backend* open_backend(const std::string& path, const std::string& name, couplet_report* report) {

@@ -1,7 +1,6 @@
 // Which backends this process has, and why one is not available.
 #pragma once
 
-#include <span>
 #include <string>
 
 #include "../abi/backend.h"
@@ -11,9 +10,6 @@ namespace couplet {
 // "cpu" is always there. "cuda" and "sim" are shared libraries beside the addon, opened on first use and then kept.
 // NULL with COUPLET_BACKEND_UNAVAILABLE and the reason when it cannot be had; never another backend instead.
 const couplet_backend* find_backend(const std::string& name, couplet_report* report);
-
-// The backends that a release has: those that capabilities() speaks of.
-std::span<const char* const> backend_names();
 
 // Cores that this process may run on: what `threads: 0` means.
 int core_count();

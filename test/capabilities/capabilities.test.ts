@@ -5,6 +5,9 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 
 import { CoupletError, capabilities, kmeansSync } from '../../lib'
+import { linesOf } from '../../lib/cli/doctor'
+import { addon } from '../../lib/native/addon'
+import { describeOn } from '../device/devices'
 
 const root = join(__dirname, '..', '..')
 
@@ -41,6 +44,31 @@ describe('capabilities', () => {
   it('follows COUPLET_ISA', () => {
     const { stdout, stderr } = run(load + '; console.log(couplet.capabilities().isa)', { COUPLET_ISA: 'portable' })
     assert.equal(stdout.trim(), 'portable', stderr)
+  })
+})
+
+describeOn('gpus', 'capabilities of a backend for GPUs', (name) => {
+  it('say its versions and devices, in the words of doctor too', () => {
+    const state = addon().backendState(name)
+    assert.ok(state.available)
+    assert.match(`${state.driver} ${state.runtime}`, /^\d+\.\d+ \d+\.\d+$/)
+    assert.ok(state.devices.length > 0)
+    for (const [at, device] of state.devices.entries()) {
+      assert.ok('name' in device)
+      assert.equal(device.index, at)
+      assert.match(device.architecture, /^sm_\d+$/)
+      assert.ok(device.freeBytes > 0 && device.freeBytes <= device.memoryBytes && device.multiprocessors > 0)
+      assert.match(linesOf(state)[at + 1] ?? '', /^device \d: .+, sm_\d+, \d+ multiprocessors, [\d.]+ of [\d.]+ GiB free$/)
+    }
+    assert.match(linesOf(state)[0] ?? '', /^available, .+, driver for CUDA [\d.]+, built with CUDA [\d.]+$/)
+  })
+})
+
+describe('doctor', () => {
+  it('says why a backend or a device is missing', () => {
+    assert.deepEqual(linesOf({ available: false, reason: 'no driver' }), ['not available: no driver'])
+    const lost = linesOf({ available: true, variant: 'sm_90', devices: [{ index: 0, reason: 'lost' }] })
+    assert.deepEqual(lost, ['available, sm_90', 'device 0: not usable: lost'])
   })
 })
 

@@ -4,6 +4,8 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import path from 'node:path'
 
+import type { Capabilities } from '../../lib'
+
 const root = path.join(__dirname, '..', '..')
 const model = path.join(root, 'models', 'tiny-llama-bytes')
 
@@ -27,7 +29,7 @@ describe('the couplet command', function () {
 
   it('calibrates, evaluates and generates', () => {
     const book = file('book.safetensors')
-    const made = couplet('calibrate', '--model', model, '--text', file('learn.txt'), '--codec', 'cq-8c6b', '--out', book)
+    const made = couplet('calibrate', '--model', model, '--text', file('learn.txt'), '--codec', 'cq-8c6b', '--device', 'auto', '--out', book)
     assert.equal(made.code, 0, made.err)
     assert.match(made.out, /cq-8c6b, 4 layers, 2 kv heads, headDim 64/)
 
@@ -62,7 +64,11 @@ describe('the couplet command', function () {
     const { code, out } = couplet('doctor')
     assert.equal(code, 0)
     assert.match(out, /^cpu +available, (avx512|avx2|portable)$/m)
-    assert.match(out, /^cuda +not available: .+$/m)
+    assert.match(out, /^ +device 0: CPU, .+ GiB free$/m)
+    assert.match(out, /^cuda +(not available: .+|available, sm_\d+, driver for CUDA .+)$/m)
+    const { backends } = JSON.parse(couplet('doctor', '--json').out) as Capabilities
+    assert.ok(backends.cpu.available && backends.cpu.devices.length === 1)
+    assert.equal('reason' in backends.cuda, !backends.cuda.available)
     assert.match(out, /^onnxruntime +1\.\d+\.\d+ /m)
   })
 
@@ -71,6 +77,7 @@ describe('the couplet command', function () {
     ['a missing option', ['calibrate', '--model', model]],
     ['an unknown option', ['doctor', '--loud']],
     ['a codec that is none', ['calibrate', '--model', model, '--text', 'x', '--out', 'y', '--codec', 'cq-8']],
+    ['a device that is none', ['calibrate', '--model', model, '--text', 'x', '--out', 'y', '--device', 'tpu']],
     ['a number that is none', ['eval', '--model', model, '--text', 'x', '--length', 'long']],
   ] as const) {
     it(`exits with 2 on ${title}`, () => {

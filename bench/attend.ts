@@ -1,8 +1,9 @@
 import { createRequire } from 'node:module'
 import path from 'node:path'
-import { Cache } from '../lib/cache'
+import { Cache, type CacheOptions } from '../lib/cache'
 import { Codebook } from '../lib/codebook'
 import { codec as parseCodec } from '../lib/codec'
+import type { DeviceOptions } from '../lib/device'
 import { openOnnxruntime } from '../lib/onnx/library'
 import { type Binding, gqa, type Precision } from './gqa'
 import { measure, normals, relativeError } from './measure'
@@ -26,41 +27,86 @@ interface Peers {
 
 const theta = 500_000
 
-/** One decode step of one sequence; with `peers`, the same step by others in this process. */
-export async function benchAttend(shape: AttendShape, peersAt: string | undefined): Promise<Table> {
+/** Sequences in a cache, and one decode step of them. */
+interface Setting {
+  /** Of the first sequence. */
+  out: Float32Array
+  decode(): void
+  /** What peers take: rotated, keys and values [kvHeads][tokens][headDim]. */
+  rotated: { queries: Float32Array; keys: Float32Array; values: Float32Array }
+  /** Of the first sequence, in double precision. */
+  expected: Float64Array
+  [Symbol.dispose](): void
+}
+
+/** `batch` sequences of the same numbers, each with pages of its own. */
+function prepare(shape: AttendShape, batch: number, on: DeviceOptions): Setting {
   const { tokens, queryHeads, kvHeads, headDim, threads } = shape
   const codec = parseCodec(shape.codec)
   const tables = () => normals(kvHeads * headDim * codec.centroids, 4)
-  using codebook = Codebook.fromTables({
+  const codebook = Codebook.fromTables({
     keyTables: [tables()], valueTables: [normals(kvHeads * headDim * codec.centroids, 5)], keyCodec: codec, valueCodec: codec, kvHeads, headDim,
     metadata: { formatVersion: 1, rotary: { kind: 'half', dim: headDim, theta }, model: null, learned: null },
   })
-  using cache = new Cache({ codebook, queryHeads, sinks: 0, window: 0, threads, rotary: { kind: 'half', dim: headDim, theta, positions: tokens + 1 } })
-  using sequence = cache.sequence()
+  const rotary = { kind: 'half', dim: headDim, theta, positions: tokens + 1 } as const
+  const cache = new Cache({ codebook, queryHeads, sinks: 0, window: 0, threads, rotary, ...on } as CacheOptions)
+  const sequences = Array.from({ length: batch }, () => cache.sequence())
 
   // Random centroids of random codes are what the cache then holds exactly: rows to be stored are drawn from the tables.
   const width = kvHeads * headDim
   const keys = drawRows(codebook.keyTable(0), tokens, kvHeads, headDim, codec.groupChannels, codec.centroids, 6)
   const values = drawRows(codebook.valueTable(0), tokens, kvHeads, headDim, codec.groupChannels, codec.centroids, 7)
-  const fill = cache.begin([{ sequence, tokens: tokens - 1 }])
-  fill.appendSync(0, [{ keys: keys.subarray(0, (tokens - 1) * width), values: values.subarray(0, (tokens - 1) * width) }])
-  fill.commit()
+  for (const sequence of sequences) {
+    const fill = cache.begin([{ sequence, tokens: tokens - 1 }])
+    fill.appendSync(0, [{ keys: keys.subarray(0, (tokens - 1) * width), values: values.subarray(0, (tokens - 1) * width) }])
+    fill.commit()
+  }
 
   const queries = normals(queryHeads * headDim, 8)
   const newest = (tokens - 1) * width
   const last = { queries, keys: keys.subarray(newest), values: values.subarray(newest), out: new Float32Array(queryHeads * headDim) }
+  const others = sequences.slice(1).map(() => ({ ...last, out: new Float32Array(queryHeads * headDim) }))
   const decode = () => {
-    const step = cache.begin([{ sequence, tokens: 1 }])
-    step.attendSync(0, [last])
+    const step = cache.begin(sequences.map((sequence) => ({ sequence, tokens: 1 })))
+    step.attendSync(0, [last, ...others])
     step.abort()
   }
-  decode()
   const rotated = rotate(keys, tokens, kvHeads, headDim)
   const headFirst = { keys: byHead(rotated, tokens, kvHeads, headDim), values: byHead(values, tokens, kvHeads, headDim) }
   const rotatedQueries = rotate(queries, 1, queryHeads, headDim, tokens - 1)
   const expected = reference(rotatedQueries, headFirst.keys, headFirst.values, shape)
-  const error = relativeError(last.out, expected)
-  if (!(error < 1e-4)) throw new Error(`attend is off by ${error} from the reference in double precision`)
+  const dispose = () => {
+    cache.dispose()
+    codebook.dispose()
+  }
+  return { out: last.out, decode, rotated: { queries: rotatedQueries, ...headFirst }, expected, [Symbol.dispose]: dispose }
+}
+
+/** One decode step of `batch` sequences on a device; queries, keys, values and outputs are the host's. */
+export async function benchAttendOnDevice(shape: AttendShape, batch: number, on: DeviceOptions): Promise<Table> {
+  const { tokens, kvHeads, headDim } = shape
+  using setting = prepare(shape, batch, on)
+  setting.decode()
+  const error = relativeError(setting.out, setting.expected)
+  if (!(error < 5e-3)) throw new Error(`attend is off by ${error} from the reference in double precision`)
+  const { wall, repeats } = await measure(() => { setting.decode() })
+  const bytes = batch * tokens * kvHeads * headDim * 2 * parseCodec(shape.codec).bitsPerChannel / 8
+  return {
+    operation: 'attend',
+    shape: { ...shape, batch, device: on.device ?? 'cpu', deviceIndex: on.deviceIndex ?? 0 },
+    unit: 'wall microseconds of one decode step with arrays of the host, median; GB/s = bytes of codes read / that; error against double precision',
+    rows: [{
+      what: `couplet ${shape.codec}`, value: wall * 1e6, rate: `${(bytes / wall / 1e9).toFixed(0)} GB/s`, error, wallMs: wall * 1e3, repeats,
+    }],
+  }
+}
+
+/** One decode step of one sequence; with `peers`, the same step by others in this process. */
+export async function benchAttend(shape: AttendShape, peersAt: string | undefined): Promise<Table> {
+  const { tokens, queryHeads, kvHeads, headDim, threads } = shape
+  const codec = parseCodec(shape.codec)
+  using setting = prepare(shape, 1, {})
+  const { expected, rotated } = setting
 
   const rows: Row[] = []
   const add = async (what: string, out: Float32Array, least: number, call: () => void) => {
@@ -70,7 +116,7 @@ export async function benchAttend(shape: AttendShape, peersAt: string | undefine
     const timing = await measure(call)
     rows.push({ what, value: timing.cpu * 1e9 / tokens / kvHeads, error: off, wallMs: timing.wall * 1e3, repeats: timing.repeats })
   }
-  await add(`couplet ${codec.name}`, last.out, 1e-4, decode)
+  await add(`couplet ${codec.name}`, setting.out, 1e-4, () => { setting.decode() })
   if (peersAt !== undefined) {
     const peers = createRequire(path.join(process.cwd(), 'x'))(peersAt) as Peers
     const heads = queryHeads / kvHeads
@@ -78,13 +124,13 @@ export async function benchAttend(shape: AttendShape, peersAt: string | undefine
       const counts = Int32Array.of(queryHeads, kvHeads, headDim, tokens)
       const out = new Float32Array(queryHeads * headDim)
       const scale = 1 / Math.sqrt(headDim)
-      await add('float32 attention, ours', out, 1e-4, () => { peers.floatAttention(counts, scale, rotatedQueries, headFirst.keys, headFirst.values, out) })
-      const half = { keys: peers.toHalf(headFirst.keys), values: peers.toHalf(headFirst.values) }
-      await add('float16 attention, ours', out, 1e-2, () => { peers.floatAttention(counts, scale, rotatedQueries, half.keys, half.values, out) })
+      await add('float32 attention, ours', out, 1e-4, () => { peers.floatAttention(counts, scale, rotated.queries, rotated.keys, rotated.values, out) })
+      const half = { keys: peers.toHalf(rotated.keys), values: peers.toHalf(rotated.values) }
+      await add('float16 attention, ours', out, 1e-2, () => { peers.floatAttention(counts, scale, rotated.queries, half.keys, half.values, out) })
     }
     const library = openOnnxruntime()
     for (const precision of ['float32', 'int8', 'int4'] as Precision[]) {
-      const { model, inputs, outputs, out } = gqa(precision, shape, rotatedQueries, headFirst.keys, headFirst.values)
+      const { model, inputs, outputs, out } = gqa(precision, shape, rotated.queries, rotated.keys, rotated.values)
       const graph = peers.bindGraph(library.library, model, threads, inputs, outputs)
       await add(`onnxruntime ${library.version} GroupQueryAttention ${precision}`, out, precision === 'float32' ? 1e-4 : 2, () => { peers.runGraph(graph) })
     }

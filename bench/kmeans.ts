@@ -26,7 +26,7 @@ export async function benchKmeans(shape: KmeansShape): Promise<Table> {
 }
 
 // In double precision: every sampled point is with a centroid as near as any, and inertia is the sum of the distances.
-function checkKmeans(points: Float32Array, shape: KmeansShape, tables: Float32Array, assignments: Int32Array, inertia: Float64Array): void {
+export function checkKmeans(points: Float32Array, shape: KmeansShape, tables: Float32Array, assignments: Int32Array, inertia: Float64Array): void {
   const { points: count, centroids, channels } = shape
   let sum = 0
   for (let n = 0; n < count; n++) {

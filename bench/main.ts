@@ -1,12 +1,18 @@
-/** `npm run bench -- [operation ...] [flags]`: microbenchmarks of couplet and, for attend, of its peers in the same process. */
+/**
+ * `npm run bench -- [operation ...] [flags]`: microbenchmarks of couplet and, for attend on the CPU, of its peers in the same process.
+ * `--device cuda` measures the same operations on a GPU, in wall time.
+ */
 import { spawnSync } from 'node:child_process'
 import { writeFileSync } from 'node:fs'
 import path from 'node:path'
 import { Argument, Command, Option } from 'commander'
 import { codec as parseCodec } from '../lib/codec'
-import { codecName, integer } from '../lib/cli/options'
-import { benchAttend } from './attend'
+import { codecName, deviceIndexOption, integer } from '../lib/cli/options'
+import type { DeviceName } from '../lib/device'
+import { addon } from '../lib/native/addon'
+import { benchAttend, benchAttendOnDevice } from './attend'
 import { benchCodes } from './codes'
+import { benchCodesOnDevice, benchKmeansOnDevice } from './device'
 import { benchKmeans } from './kmeans'
 import { machine, print, type Table } from './report'
 
@@ -18,10 +24,15 @@ interface Flags {
   queryHeads: number
   kvHeads: number
   headDim: number
+  problems?: number
   points: number
   iterations: number
   threads: number
   peers: boolean
+  device: DeviceName | 'sim'
+  deviceIndex: number
+  calls: number
+  batch: number
   json?: string
 }
 
@@ -33,9 +44,14 @@ const program = new Command('bench')
   .addOption(new Option('--query-heads <count>').default(32).argParser(integer(1)))
   .addOption(new Option('--kv-heads <count>').default(8).argParser(integer(1)))
   .addOption(new Option('--head-dim <channels>').default(128).argParser(integer(32, 256)))
+  .addOption(new Option('--problems <count>', 'k-means problems; default 1, 256 on a GPU').argParser(integer(1)))
   .addOption(new Option('--points <count>', 'points of a k-means problem').default(16384).argParser(integer(1)))
   .addOption(new Option('--iterations <count>', 'of k-means').default(25).argParser(integer(1)))
   .addOption(new Option('--threads <count>').default(1).argParser(integer(1, 256)))
+  .addOption(new Option('--device <name>', 'sim: the simulator of GPUs, for tests of this program').choices(['cpu', 'cuda', 'sim']).default('cpu'))
+  .addOption(deviceIndexOption())
+  .addOption(new Option('--calls <count>', 'calls enqueued at a time on a GPU').default(20).argParser(integer(1)))
+  .addOption(new Option('--batch <count>', 'sequences of a decode step on a GPU').default(16).argParser(integer(1)))
   .option('--no-peers', 'couplet alone')
   .option('--json <file>', 'write all figures')
   .action(async (asked: (typeof operations)[number][], flags: Flags) => {
@@ -44,20 +60,28 @@ const program = new Command('bench')
       tables.push(table)
       print(table)
     }
-    const { tokens, queryHeads, kvHeads, headDim, threads } = flags
+    const { tokens, queryHeads, kvHeads, headDim, threads, deviceIndex } = flags
+    const state = addon().backendState(flags.device)
+    if (!state.available) throw new Error(`${flags.device} is not available: ${state.reason}`)
+    const isGpu = flags.device !== 'cpu'
+    const on = { device: flags.device as DeviceName, deviceIndex }
     for (const operation of asked.length ? asked : operations) {
       for (const codec of flags.codec) {
         const { groupChannels, centroids } = parseCodec(codec)
         if (operation === 'kmeans') {
-          show(await benchKmeans({ problems: 1, points: flags.points, centroids, channels: groupChannels, iterations: flags.iterations, threads }))
+          const { problems = isGpu ? 256 : 1, points, iterations } = flags
+          const shape = { problems, points, centroids, channels: groupChannels, iterations, threads }
+          show(isGpu ? benchKmeansOnDevice(shape, on) : await benchKmeans(shape))
         } else if (operation === 'attend') {
-          show(await benchAttend({ codec, tokens, queryHeads, kvHeads, headDim, threads }, flags.peers ? buildPeers() : undefined))
+          const shape = { codec, tokens, queryHeads, kvHeads, headDim, threads }
+          show(await (isGpu ? benchAttendOnDevice(shape, flags.batch, on) : benchAttend(shape, flags.peers ? buildPeers() : undefined)))
         } else {
-          show(await benchCodes({ codec, tokens: Math.min(tokens, 8192), kvHeads, headDim, threads }, operation))
+          const shape = { codec, tokens: Math.min(tokens, 8192), kvHeads, headDim, threads }
+          show(isGpu ? benchCodesOnDevice(shape, operation, on, flags.calls) : await benchCodes(shape, operation))
         }
       }
     }
-    if (flags.json !== undefined) writeFileSync(flags.json, `${JSON.stringify({ machine: machine(), tables }, null, 2)}\n`)
+    if (flags.json !== undefined) writeFileSync(flags.json, `${JSON.stringify({ machine: machine(flags.device), tables }, null, 2)}\n`)
   })
 
 /** The addon with the peers, built for this machine. */
@@ -70,4 +94,7 @@ function buildPeers(): string {
   return path.join(out, 'peers.node')
 }
 
-void program.parseAsync()
+program.parseAsync().catch((error: unknown) => {
+  console.error(`bench: ${(error as Error).message}`)
+  process.exitCode = 1
+})

@@ -1,5 +1,6 @@
 import { cpus } from 'node:os'
 import { capabilities } from '../lib/capabilities'
+import { addon } from '../lib/native/addon'
 
 /** One line of a benchmark's table. */
 export interface Row {
@@ -33,7 +34,7 @@ export function print(table: Table): void {
 }
 
 /** What a figure was measured on; goes into every JSON file. */
-export function machine(): Record<string, unknown> {
+export function machine(device: string): Record<string, unknown> {
   const { version, backends } = capabilities()
   return {
     date: new Date().toISOString(),
@@ -42,5 +43,6 @@ export function machine(): Record<string, unknown> {
     cpu: cpus()[0]?.model,
     cores: cpus().length,
     variant: backends.cpu.available ? backends.cpu.variant : null,
+    ...(device !== 'cpu' && { [device]: addon().backendState(device) }),
   }
 }

@@ -315,6 +315,44 @@ __device__ __forceinline__ uint4 load_once_16(const void* address GPU_WHERE) {
 #endif
 }
 
+// Words (1, 2 or 4) of 32 bits at byte `at` + Offset of the dynamic shared memory of a kernel that has no static one. `at` is all that an
+// instruction computes: where dynamic shared memory begins is in the instruction as well, behind what the system keeps for itself, which
+// has_dynamic_shared_begin() compares with the device.
+inline constexpr int dynamic_shared_begin = 1024;
+template <int Words, int Offset>
+__device__ __forceinline__ void load_dynamic_shared(uint32_t (&words)[Words], [[maybe_unused]] const void* dynamic,
+                                                    uint32_t at GPU_WHERE) {
+  static_assert(Words == 1 || Words == 2 || Words == 4);
+#ifdef GPU_SIM
+  const void* const from = static_cast<const unsigned char*>(dynamic) + at + Offset;
+  if (reinterpret_cast<uintptr_t>(from) % sizeof words != 0 || !sim::is_shared(from, sizeof words))
+    sim::fail(where, "load_dynamic_shared: %p is not %zu aligned bytes of shared memory", from, sizeof words);
+  std::memcpy(words, from, sizeof words);
+#else
+  if constexpr (Words == 1)
+    asm volatile("ld.shared.u32 %0, [%1+%2];" : "=r"(words[0]) : "r"(at), "n"(dynamic_shared_begin + Offset));
+  if constexpr (Words == 2)
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2+%3];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "r"(at), "n"(dynamic_shared_begin + Offset));
+  if constexpr (Words == 4)
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4+%5];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(at), "n"(dynamic_shared_begin + Offset));
+#endif
+}
+inline bool has_dynamic_shared_begin() {
+#ifdef GPU_SIM
+  return true;
+#else
+  int device = 0;
+  int reserved = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+  return reserved == dynamic_shared_begin;
+#endif
+}
+
 __device__ __forceinline__ void prefetch_l2([[maybe_unused]] const void* address) {
 #ifndef GPU_SIM
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));

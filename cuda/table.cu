@@ -10,20 +10,28 @@
 namespace couplet::cuda {
 namespace {
 
-constexpr int32_t bank_groups = 8;       // rows of 16 bytes in the 128 bytes of all banks
-constexpr float largest_banked = 40000;  // times sqrt(2), which a rotation may make of it, is below 65504
+constexpr int32_t bank_groups = 8;        // rows of 16 bytes in the 128 bytes of all banks
+constexpr float largest_float16 = 40000;  // times sqrt(2), which a rotation may make of it, is below 65504
 
 int64_t count_of(const couplet_table_params& params) {
   return int64_t{params.kv_heads} * params.head_dim * couplet_codec_centroids(params.codec);
 }
 
-bool fits_banks(const couplet_table_params& params) {
-  if (params.codec.group_channels != 8 || params.codec.code_bits != 8) return false;
-  if (couplet_codec_groups(params.codec, params.head_dim) % bank_groups) return false;
+bool fits_float16(const couplet_table_params& params) {
   int64_t const count = count_of(params);
   for (int64_t at = 0; at < count; ++at)
-    if (std::fabs(params.centroids[at]) > largest_banked) return false;
+    if (std::fabs(params.centroids[at]) > largest_float16) return false;
   return true;
+}
+
+bool is_banked(const couplet_table_params& params) {
+  return params.codec.group_channels == 8 && params.codec.code_bits == 8 &&
+         couplet_codec_groups(params.codec, params.head_dim) % bank_groups == 0;
+}
+
+bool is_by_code(const couplet_table_params& params) {
+  int32_t const channels = params.codec.group_channels;
+  return (channels == 2 || channels == 4 || channels == 8) && params.codec.code_bits == 8 && params.head_dim % 16 == 0;
 }
 
 std::vector<__half> banked_of(const couplet_table_params& params) {
@@ -43,6 +51,21 @@ std::vector<__half> banked_of(const couplet_table_params& params) {
   return banked;
 }
 
+std::vector<__half> by_code_of(const couplet_table_params& params) {
+  constexpr int64_t centroids = 256;
+  int64_t const channels = params.codec.group_channels;
+  int64_t const groups = params.head_dim / channels;
+  std::vector<__half> by_code(static_cast<size_t>(count_of(params)));
+  size_t from = 0;
+  for (int64_t kv_head = 0; kv_head < params.kv_heads; ++kv_head)
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t code = 0; code < centroids; ++code)
+        for (int64_t channel = 0; channel < channels; ++channel)
+          by_code[static_cast<size_t>(((kv_head * centroids + code) * groups + group) * channels + channel)] =
+              __float2half_rn(params.centroids[from++]);
+  return by_code;
+}
+
 template <class T>
 cudaError_t upload(const T* host, size_t count, T** device, size_t* bytes) {
   void* memory = nullptr;
@@ -58,6 +81,7 @@ void destroy(couplet_table* handle) {
   cudaFree(table->rows);
   cudaFree(table->float16_rows);
   cudaFree(table->banked);
+  cudaFree(table->by_code);
   delete table;
 }
 
@@ -77,10 +101,11 @@ couplet_status fill(Table* table, const couplet_table_params& params, couplet_re
       for (size_t at = 0; at < count; ++at) float16_rows[at] = __float2half_rn(params.centroids[at]);
       error = upload(float16_rows.data(), count, &table->float16_rows, &table->bytes);
     }
-    if (error == cudaSuccess && fits_banks(params)) {
-      std::vector<__half> const banked = banked_of(params);
-      error = upload(banked.data(), count, &table->banked, &table->bytes);
-    }
+    bool const rotates = fits_float16(params);
+    if (error == cudaSuccess && rotates && is_banked(params))
+      error = upload(banked_of(params).data(), count, &table->banked, &table->bytes);
+    if (error == cudaSuccess && rotates && is_by_code(params))
+      error = upload(by_code_of(params).data(), count, &table->by_code, &table->bytes);
   } catch (const std::bad_alloc&) {
     error = cudaErrorMemoryAllocation;
   }
@@ -101,6 +126,7 @@ couplet_status create(const couplet_table_params* params, couplet_table** out, c
       .rows = nullptr,
       .float16_rows = nullptr,
       .banked = nullptr,
+      .by_code = nullptr,
   };
   if (!table) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for a table of centroids");
   auto* const handle = reinterpret_cast<couplet_table*>(table);

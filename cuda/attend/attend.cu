@@ -1,6 +1,7 @@
 // The entries of attend: what is refused, which body runs, and its chain of launches
-//   plan -> general or lookup decode -> merge     sequences with one query
-//        -> prefill                               all others
+//   plan -> lookup, gather or general decode -> merge     sequences with one query
+//        -> prefill                                       all others
+#include <algorithm>
 #include <cstdio>
 
 #include "../../native/common/check.h"
@@ -36,14 +37,15 @@ couplet_status check(const couplet_attend_params* params, couplet_report* report
 }
 
 // ---- selection -------------------------------------------------------------------------------------------------------------
-enum class Body { general, lookup };
+enum class Body { general, lookup, gather };
 
 // The lookup body needs both codebooks of a kv head in shared memory (sm_90, sm_100: 227 KB; sm_80 has 163), pages of 64 tokens
 // with rows on 16 bytes, and keys that it may rotate by their offset in a block alone, channel i with i + 64.
 Body select(const couplet_attend_params& params) {
   auto const is_8c8b = [](couplet_codec codec) { return codec.group_channels == 8 && codec.code_bits == 8; };
   bool const shape =
-      params.head_dim == 128 && is_8c8b(params.key_codec) && is_8c8b(params.value_codec) && params.page_tokens == 64 &&
+      params.head_dim == 128 && params.query_heads / params.kv_heads <= lookup_rows && is_8c8b(params.key_codec) &&
+      is_8c8b(params.value_codec) && params.page_tokens == 64 &&
       (params.key_page_offset | params.key_page_stride | params.value_page_offset | params.value_page_stride) % 16 == 0;
   bool const tables = params.key_table && params.value_table && table_of(params.key_table)->banked &&
                       table_of(params.value_table)->banked;
@@ -51,7 +53,8 @@ Body select(const couplet_attend_params& params) {
   bool const rotary =
       angles.pairs == 0 || (angles.offsets && angles.kind == COUPLET_ROTARY_HALF && angles.pairs == 64 &&
                             rotary_of(params.rotary)->positions <= rotary_block * rotary_blocks);
-  return shape && tables && rotary && has_lookup() ? Body::lookup : Body::general;
+  if (shape && tables && rotary && has_lookup()) return Body::lookup;
+  return has_gather(params) ? Body::gather : Body::general;
 }
 
 // A step of which only the pointers into the workspace are missing, and what they need. Counts of the host alone go into it.
@@ -61,11 +64,13 @@ struct Layout {
 };
 
 Layout layout_of(const couplet_attend_params& params) {
-  bool const lookup = select(params) == Body::lookup;
+  Body const body = select(params);
+  bool const tables_in_shared = body != Body::general;  // a block a multiprocessor
   int const multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   int32_t const group_heads = params.query_heads / params.kv_heads;
-  int32_t const most_rows = lookup ? lookup_rows : general_rows;
-  int32_t const block_rows = lookup || group_heads > most_rows ? most_rows : group_heads;
+  int32_t const block_rows = body == Body::lookup   ? lookup_rows
+                             : body == Body::gather ? gather_rows(params)
+                                                    : std::min(group_heads, general_rows);
   Layout layout{};
   layout.step.params = params;
   layout.step.angles = angles_of(params.rotary);
@@ -74,15 +79,17 @@ Layout layout_of(const couplet_attend_params& params) {
     layout.step.value_rows = table_of(params.value_table)->rows;
     layout.step.key_banked = table_of(params.key_table)->banked;
     layout.step.value_banked = table_of(params.value_table)->banked;
+    layout.step.key_by_code = table_of(params.key_table)->by_code;
+    layout.step.value_by_code = table_of(params.value_table)->by_code;
   }
   layout.step.group_heads = group_heads;
   layout.step.block_rows = block_rows;
   layout.step.head_blocks = params.kv_heads * blocks_of(group_heads, block_rows);
-  layout.step.blocks = lookup ? multiprocessors : 2 * multiprocessors;
+  layout.step.blocks = tables_in_shared ? multiprocessors : 2 * multiprocessors;
   layout.step.prefill_blocks = 2 * multiprocessors;
   layout.step.prefill_rows = prefill_rows(params.head_dim);
-  layout.step.coded_unit = lookup ? rotary_block : general_unit;
-  layout.step.dense_unit = lookup ? lookup_dense_unit : general_unit;
+  layout.step.coded_unit = tables_in_shared ? rotary_block : general_unit;
+  layout.step.dense_unit = tables_in_shared ? lookup_dense_unit : general_unit;
 
   size_t const slots = static_cast<size_t>(layout.step.blocks) +
                        static_cast<size_t>(layout.step.head_blocks) * static_cast<size_t>(params.sequence_count);
@@ -113,16 +120,23 @@ couplet_status run(const couplet_attend_params* params, void* memory, void* stre
   step.weighted = reinterpret_cast<float*>(bytes + layout.weighted);
   auto const queue = static_cast<cudaStream_t>(stream);
   cudaError_t error = launch_plan(step, queue);
-  if (error == cudaSuccess)
-    error = select(*params) == Body::lookup ? launch_lookup(step, queue) : launch_general_decode(step, queue);
+  if (error == cudaSuccess) switch (select(*params)) {
+      case Body::lookup: error = launch_lookup(step, queue); break;
+      case Body::gather: error = launch_gather(step, queue); break;
+      case Body::general: error = launch_general_decode(step, queue); break;
+    }
   if (error == cudaSuccess) error = launch_merge(step, queue);
   if (error == cudaSuccess && params->most_query_tokens != 1) error = launch_prefill(step, queue);
   return status_of(error, report, "attend");
 }
 
 void describe(const couplet_attend_params* params, char* text, size_t text_bytes) {
+  Body const body = select(*params);
   std::snprintf(text, text_bytes, "attend cuda %dc%db %s", params->key_codec.group_channels,
-                params->key_codec.code_bits, select(*params) == Body::lookup ? "lookup" : "general");
+                params->key_codec.code_bits,
+                body == Body::lookup   ? "lookup"
+                : body == Body::gather ? "gather"
+                                       : "general");
 }
 
 }  // namespace

@@ -24,6 +24,8 @@ struct Step {
   const float* value_rows;
   const __half* key_banked;
   const __half* value_banked;
+  const __half* key_by_code;
+  const __half* value_by_code;
   int32_t* unit_begin;  // [sequence_count + 1]: units of one head block before a sequence
   int32_t*
       row_begin;  // [sequence_count + 1]: row blocks of one kv head before a sequence; of sequences with other than one query
@@ -195,6 +197,7 @@ cudaError_t launch_merge(const Step& step, cudaStream_t stream);  // partial res
 cudaError_t launch_general_decode(const Step& step, cudaStream_t stream);
 cudaError_t launch_prefill(const Step& step, cudaStream_t stream);
 cudaError_t launch_lookup(const Step& step, cudaStream_t stream);
+cudaError_t launch_gather(const Step& step, cudaStream_t stream);
 
 int device_attribute(cudaDeviceAttr attribute);  // of the calling thread's device
 int prefill_rows(int head_dim);                  // of a row block, on this device
@@ -202,6 +205,8 @@ inline constexpr int general_rows = 16;
 inline constexpr int general_unit = 256;  // tokens, coded or dense
 inline constexpr int lookup_rows = 4;
 inline constexpr int lookup_dense_unit = 64;  // costs about what 512 coded tokens cost: 64 KB from memory
+bool has_gather(const couplet_attend_params& params);
+int gather_rows(const couplet_attend_params& params);
 bool has_lookup();  // whether this device has the shared memory, and this library a body for it
 
 }  // namespace couplet::cuda::attend

@@ -220,6 +220,41 @@ void test_copy() {
   }
 }
 
+// ---- dynamic shared memory, its begin in the instruction ---------------------------------------------------------------------
+__global__ void __launch_bounds__(lanes) load_behind(const uint32_t* in, uint32_t* out /*[7][lanes]*/) {
+  GPU_DYNAMIC_SHARED(uint32_t, words);
+  int const lane = static_cast<int>(threadIdx.x);
+  for (int index = lane; index < 6 * lanes; index += lanes) words[index] = in[index];
+  __syncthreads();
+  uint32_t one[1];
+  uint32_t two[2];
+  uint32_t four[4];
+  auto const at = static_cast<uint32_t>(lanes - 1 - lane);
+  gpu::load_dynamic_shared<1, 4>(one, words, 4 * at);
+  gpu::load_dynamic_shared<2, 0>(two, words, 8 * at);
+  gpu::load_dynamic_shared<4, 4 * lanes>(four, words, 16 * at);
+  out[lane] = one[0];
+  for (int i = 0; i < 2; ++i) out[(1 + i) * lanes + lane] = two[i];
+  for (int i = 0; i < 4; ++i) out[(3 + i) * lanes + lane] = four[i];
+}
+
+void test_load_behind() {
+  if (!gpu::has_dynamic_shared_begin()) return;
+  std::vector<uint32_t> const in = random_words(6 * lanes, 14);
+  DeviceArray<uint32_t> const device_in(in);
+  DeviceArray<uint32_t> const out(7 * lanes);
+  expect(gpu::launch(load_behind, 1, lanes, 6 * lanes * sizeof(uint32_t), nullptr, device_in.data(), out.data()),
+         "load_dynamic_shared");
+  std::vector<uint32_t> const got = out.read();
+  for (size_t lane = 0; lane < lanes; ++lane) {
+    size_t const at = lanes - 1 - lane;
+    bool same = got[lane] == in[at + 1];
+    for (size_t i = 0; i < 2; ++i) same = same && got[(1 + i) * lanes + lane] == in[2 * at + i];
+    for (size_t i = 0; i < 4; ++i) same = same && got[(3 + i) * lanes + lane] == in[lanes + 4 * at + i];
+    CHECK(same, "load_dynamic_shared of lane %zu", lane);
+  }
+}
+
 // ---- warps -----------------------------------------------------------------------------------------------------------
 constexpr int exchanges = 16;
 
@@ -551,6 +586,7 @@ int main() {
   test_load_matrices<4, false>();
   test_load_matrices<4, true>();
   test_copy();
+  test_load_behind();
   test_exchange();
   test_hand_over();
   test_count();

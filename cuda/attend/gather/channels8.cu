@@ -1,0 +1,8 @@
+#include "decode.h"
+
+namespace couplet::cuda::attend::gather {
+
+template bool has_body<8>(int head_dim, int quads);
+template cudaError_t launch<8>(const Step& step, cudaStream_t stream);
+
+}  // namespace couplet::cuda::attend::gather

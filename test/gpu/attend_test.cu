@@ -392,7 +392,7 @@ void prefill_shapes() {
     check_case(shape, 22, "general");
   }
   check_case({.group_heads = 20, .head_dim = 32, .sequences = {{.before = 40, .queries = 9, .window = 4}}}, 23,
-             "general");
+             "gather");
 }
 
 void random_shapes() {

@@ -25,6 +25,8 @@ export interface ErrorPlace {
   /** Of kmeans: the problem, and the point in it. */
   problem?: number
   point?: number
+  /** The number that a device, the operating system or onnxruntime gave the error. */
+  nativeCode?: number
 }
 
 /**
@@ -42,6 +44,7 @@ export class CoupletError extends Error {
   declare readonly channel?: number
   declare readonly problem?: number
   declare readonly point?: number
+  declare readonly nativeCode?: number
 
   constructor(code: CoupletErrorCode, message: string, options: ErrorOptions & ErrorPlace = {}) {
     const { cause, ...place } = options

@@ -4,8 +4,10 @@ import { chunks, countChunks } from './chunks'
 import { Codebook } from './codebook'
 import { rangeError, throwExpected } from './errors'
 import { DecoderModel } from './onnx/model'
+import type { DeviceOptions } from './device'
 
-export interface EvaluateOptions {
+/** `device` is where attention is computed, as in {@link DecoderModelOptions}. */
+export interface EvaluateOptions extends DeviceOptions {
   /** Directory of the model. */
   model: string
   /** Text, or its token ids. */
@@ -48,7 +50,7 @@ export interface Evaluation {
  */
 export async function evaluate(options: EvaluateOptions): Promise<Evaluation> {
   requireObject(options, 'options')
-  const { length = 512, window = 32, sinks = 4, threads, signal, onProgress } = options
+  const { length = 512, window = 32, sinks = 4, threads, signal, onProgress, device, deviceIndex } = options
   if (!Number.isInteger(length) || length < 2) throwExpected('an integer of at least 2', 'length', length, typeof length === 'number')
   requireCallOptions(options)
   const tokens = await tokenIds(options.text, options.model)
@@ -57,7 +59,7 @@ export async function evaluate(options: EvaluateOptions): Promise<Evaluation> {
   const codebook = typeof options.codebook === 'string' ? await Codebook.load(options.codebook) : options.codebook
   try {
     const cache = codebook ? { codebook, window, sinks } : { sinks: 0 }
-    const model = await DecoderModel.load(options.model, { ...cache, ...(threads !== undefined && { threads }) })
+    const model = await DecoderModel.load(options.model, { ...cache, ...(threads !== undefined && { threads }), device, deviceIndex })
     try {
       return await measure(model, tokens, length, signal, onProgress)
     } finally {

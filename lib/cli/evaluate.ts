@@ -1,7 +1,8 @@
 import { readFile } from 'node:fs/promises'
 import { Command } from 'commander'
+import type { DeviceName } from '../device'
 import { evaluate } from '../evaluate'
-import { lengthOption, modelOption, sinksOption, threadsOption, windowOption } from './options'
+import { deviceIndexOption, deviceOption, lengthOption, modelOption, sinksOption, threadsOption, windowOption } from './options'
 import { Progress } from './progress'
 
 interface Flags {
@@ -12,6 +13,8 @@ interface Flags {
   window: number
   sinks: number
   threads?: number
+  device: DeviceName
+  deviceIndex: number
   json?: boolean
 }
 
@@ -25,6 +28,8 @@ export function evaluateCommand(signal: AbortSignal): Command {
     .addOption(windowOption())
     .addOption(sinksOption())
     .addOption(threadsOption())
+    .addOption(deviceOption())
+    .addOption(deviceIndexOption())
     .option('--json', 'print one JSON object')
     .action(async (flags: Flags) => {
       const progress = new Progress()

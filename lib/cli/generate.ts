@@ -1,8 +1,11 @@
 import { Command, Option } from 'commander'
 import { Codebook } from '../codebook'
+import type { DeviceName } from '../device'
 import { generate } from '../generate'
 import { DecoderModel } from '../onnx/model'
-import { integer, modelOption, positiveNumber, seedOption, sinksOption, threadsOption, windowOption } from './options'
+import {
+  deviceIndexOption, deviceOption, integer, modelOption, positiveNumber, seedOption, sinksOption, threadsOption, windowOption,
+} from './options'
 
 interface Flags {
   model: string
@@ -14,6 +17,8 @@ interface Flags {
   window: number
   sinks: number
   threads?: number
+  device: DeviceName
+  deviceIndex: number
 }
 
 export function generateCommand(signal: AbortSignal): Command {
@@ -28,10 +33,17 @@ export function generateCommand(signal: AbortSignal): Command {
     .addOption(windowOption())
     .addOption(sinksOption())
     .addOption(threadsOption())
+    .addOption(deviceOption())
+    .addOption(deviceIndexOption())
     .action(async (flags: Flags) => {
-      const { model: directory, codebooks, window, sinks, threads, ...rest } = flags
+      const { model: directory, codebooks, window, sinks, threads, device, deviceIndex, ...rest } = flags
       const codebook = codebooks === undefined ? undefined : await Codebook.load(codebooks)
-      const model = await DecoderModel.load(directory, { ...(codebook && { codebook, window, sinks }), ...(threads !== undefined && { threads }) })
+      const model = await DecoderModel.load(directory, {
+        ...(codebook && { codebook, window, sinks }),
+        ...(threads !== undefined && { threads }),
+        device,
+        deviceIndex,
+      })
       try {
         process.stdout.write(flags.prompt)
         for await (const text of generate(model, { directory, ...rest, signal })) process.stdout.write(text)

@@ -4,6 +4,7 @@ import { requireInteger, requireObject } from '../arguments'
 import type { Sequence } from '../cache'
 import { Cache } from '../cache'
 import { Codebook } from '../codebook'
+import type { DeviceOptions } from '../device'
 import { disposedError, throwExpected } from '../errors'
 import { addon } from '../native/addon'
 import { abortable, requireSignal } from '../native/call'
@@ -20,7 +21,11 @@ import type { AttentionLayer } from './rewrite'
 
 export type { ModelShape }
 
-export interface DecoderModelOptions {
+/**
+ * `device` is where keys, values and codes are kept and attention is computed; the rest of the graph runs on the CPU in any case, and each
+ * layer's queries, keys, values and outputs go from one to the other.
+ */
+export interface DecoderModelOptions extends DeviceOptions {
   /** Codes keys and values; without it the cache keeps them in full precision. */
   codebook?: Codebook
   /** Last tokens of a sequence kept in full precision; default 32, and all of them without a codebook. */
@@ -107,7 +112,7 @@ export class DecoderModel {
    * @param path an .onnx file, or a folder that has onnx/model.onnx or model.onnx.
    * @throws {CoupletError} `ERR_COUPLET_UNSUPPORTED_MODEL` for a graph whose attention cannot be replaced, with the reason;
    *   `ERR_COUPLET_ONNXRUNTIME` when onnxruntime-node is missing, unsuitable or refuses the graph;
-   *   `ERR_COUPLET_CODEBOOK_MISMATCH` for the codebook of another model.
+   *   `ERR_COUPLET_CODEBOOK_MISMATCH` for the codebook of another model; `ERR_COUPLET_BACKEND_UNAVAILABLE` when the device is not there.
    */
   static async load(path: string, options: DecoderModelOptions = {}): Promise<DecoderModel> {
     if (typeof path !== 'string') throwExpected('a path', 'path', path)
@@ -216,7 +221,8 @@ export class DecoderModel {
   }
 }
 
-function createCache(shape: ModelShape, layers: readonly AttentionLayer[], { codebook, window, sinks, memory, threads }: DecoderModelOptions): Cache {
+function createCache(shape: ModelShape, layers: readonly AttentionLayer[], options: DecoderModelOptions): Cache {
+  const { codebook, window, sinks, memory, threads, device, deviceIndex } = options
   const { queryHeads, kvHeads, headDim } = shape
   return new Cache({
     ...(codebook && { codebook }),
@@ -228,6 +234,8 @@ function createCache(shape: ModelShape, layers: readonly AttentionLayer[], { cod
     window: window ?? (codebook ? 32 : Infinity),
     ...(memory !== undefined && { memory }),
     ...(threads !== undefined && { threads }),
+    device,
+    deviceIndex,
     layerOptions: layers.map(({ scale, softcap, localWindow, headSinks, rotary }) => ({
       ...(scale !== 0 && { scale }),
       softcap,

@@ -2,6 +2,7 @@ import { AsyncLocalStorage } from 'node:async_hooks'
 import { requireInteger } from '../arguments'
 import type { CacheStatistics } from '../cache'
 import { Codebook } from '../codebook'
+import type { DeviceOptions } from '../device'
 import { throwExpected } from '../errors'
 import { DecoderModel } from '../onnx/model'
 import { unsupported, unsupportedModel } from './errors'
@@ -11,8 +12,10 @@ import { CoupledSession, type GenerateCall, type TokenCounts } from './session'
 import { findStack } from './stack'
 import type { GenerateOptions, ModelSession, OnnxruntimeModule, PretrainedModel, TransformersModule } from './types'
 
-/** Options of `attach`. */
-export interface AttachOptions {
+/**
+ * Options of `attach`. `device` is where codebooks and the cache live and attention is computed; onnxruntime runs the rest on the CPU.
+ */
+export interface AttachOptions extends DeviceOptions {
   /**
    * Codebooks of this model, or the path of their safetensors file. Without them the cache is kept in full precision by the
    * same machinery, and results are those of the untouched model.
@@ -144,7 +147,8 @@ interface AttachmentParts {
  *   onnxruntime-node is missing or unsuitable.
  */
 export async function attach(model: PretrainedModel, options: AttachOptions = {}): Promise<Attachment> {
-  const { codebooks, window, sinks, memory, threads, path, signal, chunk = 1024, sequences = 16, original: fate = 'keep' } = options
+  const { codebooks, window, sinks, memory, threads, path, signal, device, deviceIndex } = options
+  const { chunk = 1024, sequences = 16, original: fate = 'keep' } = options
   requireInteger(sequences, 'sequences', 0)
   requireInteger(chunk, 'chunk', 1)
   if (!['keep', 'release'].includes(fate)) throwExpected('"keep" or "release"', 'original', fate)
@@ -160,6 +164,8 @@ export async function attach(model: PretrainedModel, options: AttachOptions = {}
     ...(sinks !== undefined && { sinks }),
     ...(memory !== undefined && { memory }),
     ...(threads !== undefined && { threads }),
+    device,
+    deviceIndex,
   })
   try {
     compareShapes(decoder, original, file)

@@ -1,5 +1,6 @@
 export type {
-  AppendRow, AttendOptions, AttendRow, CacheOptions, CacheStatistics, LayerOptions, Prefill, RotaryOption, StepRow,
+  AppendOptions, AppendRow, AppendSyncOptions, AttendOptions, AttendRow, AttendSyncOptions, CacheOptions, CacheRows, CacheStatistics, LayerOptions,
+  Prefill, RotaryOption, StepRow,
 } from './cache'
 export { Cache, Sequence, Step } from './cache'
 export type { CalibrateOptions, CalibrationProgress, Captured, CaptureActivationsOptions, LearnOptions, WeightKind } from './calibrate'

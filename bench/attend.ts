@@ -1,12 +1,13 @@
 import { createRequire } from 'node:module'
 import path from 'node:path'
-import { Cache, type CacheOptions } from '../lib/cache'
+import { Cache, type Sequence } from '../lib/cache'
 import { Codebook } from '../lib/codebook'
 import { codec as parseCodec } from '../lib/codec'
-import type { DeviceOptions } from '../lib/device'
+import { DeviceBuffer, type DeviceOptions } from '../lib/device'
+import { float16FromFloat32, float32FromFloat16 } from '../lib/float16'
 import { openOnnxruntime } from '../lib/onnx/library'
 import { type Binding, gqa, type Precision } from './gqa'
-import { measure, normals, relativeError } from './measure'
+import { measure, measureWall, normals, relativeError } from './measure'
 import type { Row, Table } from './report'
 
 export interface AttendShape {
@@ -36,6 +37,10 @@ interface Setting {
   rotated: { queries: Float32Array; keys: Float32Array; values: Float32Array }
   /** Of the first sequence, in double precision. */
   expected: Float64Array
+  cache: Cache
+  sequences: Sequence[]
+  /** The new token, the same for all. */
+  last: { queries: Float32Array; keys: Float32Array; values: Float32Array }
   [Symbol.dispose](): void
 }
 
@@ -49,7 +54,7 @@ function prepare(shape: AttendShape, batch: number, on: DeviceOptions): Setting 
     metadata: { formatVersion: 1, rotary: { kind: 'half', dim: headDim, theta }, model: null, learned: null },
   })
   const rotary = { kind: 'half', dim: headDim, theta, positions: tokens + 1 } as const
-  const cache = new Cache({ codebook, queryHeads, sinks: 0, window: 0, threads, rotary, ...on } as CacheOptions)
+  const cache = new Cache({ codebook, queryHeads, sinks: 0, window: 0, threads, rotary, ...on })
   const sequences = Array.from({ length: batch }, () => cache.sequence())
 
   // Random centroids of random codes are what the cache then holds exactly: rows to be stored are drawn from the tables.
@@ -79,25 +84,49 @@ function prepare(shape: AttendShape, batch: number, on: DeviceOptions): Setting 
     cache.dispose()
     codebook.dispose()
   }
-  return { out: last.out, decode, rotated: { queries: rotatedQueries, ...headFirst }, expected, [Symbol.dispose]: dispose }
+  return { out: last.out, decode, rotated: { queries: rotatedQueries, ...headFirst }, expected, cache, sequences, last, [Symbol.dispose]: dispose }
 }
 
-/** One decode step of `batch` sequences on a device; queries, keys, values and outputs are the host's. */
-export async function benchAttendOnDevice(shape: AttendShape, batch: number, on: DeviceOptions): Promise<Table> {
-  const { tokens, kvHeads, headDim } = shape
+/** One decode step of `batch` sequences on a device, with float32 arrays of the host, and enqueued with float16 memory of the device. */
+export async function benchAttendOnDevice(shape: AttendShape, batch: number, on: DeviceOptions, calls: number): Promise<Table> {
+  const { tokens, queryHeads, kvHeads, headDim } = shape
   using setting = prepare(shape, batch, on)
+  const { cache, sequences, expected } = setting
+  const check = (out: Float32Array) => {
+    const error = relativeError(out, expected)
+    if (!(error < 5e-3)) throw new Error(`attend is off by ${error} from the reference in double precision`)
+    return error
+  }
   setting.decode()
-  const error = relativeError(setting.out, setting.expected)
-  if (!(error < 5e-3)) throw new Error(`attend is off by ${error} from the reference in double precision`)
-  const { wall, repeats } = await measure(() => { setting.decode() })
+  const hostError = check(setting.out)
+  const host = await measure(() => { setting.decode() })
+
+  const half = (rows: Float32Array) => DeviceBuffer.fromSync(float16FromFloat32(rows), on)
+  const { queries, keys, values } = setting.last
+  using newQueries = half(queries)
+  using newKeys = half(keys)
+  using newValues = half(values)
+  const outBytes = queryHeads * headDim * Uint16Array.BYTES_PER_ELEMENT
+  using outs = DeviceBuffer.allocateSync({ bytes: batch * outBytes, ...on })
+  const rows = sequences.map((_, index) => ({
+    queries: newQueries, keys: newKeys, values: newValues,
+    out: { address: outs.address + BigInt(index * outBytes), bytes: outBytes, dtype: 'float16' as const },
+  }))
+  const device = measureWall(() => {
+    using step = cache.begin(sequences.map((sequence) => ({ sequence, tokens: 1 })))
+    step.attendSync(0, rows, { dtype: 'float16', outDtype: 'float16', stream: 0n })
+  }, () => { outs.readSync(new Uint8Array(1)) }, { calls })
+  const deviceError = check(float32FromFloat16(outs.readSync(Uint16Array, { length: queryHeads * headDim })))
+
   const bytes = batch * tokens * kvHeads * headDim * 2 * parseCodec(shape.codec).bitsPerChannel / 8
+  const row = (what: string, seconds: number, repeats: number, error: number): Row => ({
+    what: `couplet ${shape.codec}, ${what}`, value: seconds * 1e6, rate: `${(bytes / seconds / 1e9).toFixed(0)} GB/s`, error, wallMs: seconds * 1e3, repeats,
+  })
   return {
     operation: 'attend',
     shape: { ...shape, batch, device: on.device ?? 'cpu', deviceIndex: on.deviceIndex ?? 0 },
-    unit: 'wall microseconds of one decode step with arrays of the host, median; GB/s = bytes of codes read / that; error against double precision',
-    rows: [{
-      what: `couplet ${shape.codec}`, value: wall * 1e6, rate: `${(bytes / wall / 1e9).toFixed(0)} GB/s`, error, wallMs: wall * 1e3, repeats,
-    }],
+    unit: 'wall microseconds of one decode step, its begin and abort too, median; GB/s = bytes of codes read / that; error against double precision',
+    rows: [row('float32, of the host', host.wall, host.repeats, hostError), row('float16, of the device', device.seconds, device.repeats, deviceError)],
   }
 }
 

@@ -6,24 +6,10 @@ import { kmeansSync } from '../lib/kmeans'
 import { PreparedTables } from '../lib/tables'
 import type { CodesShape } from './codes'
 import { checkKmeans, type KmeansShape } from './kmeans'
-import { median, normals } from './measure'
+import { measureWall, normals } from './measure'
 import type { Row, Table } from './report'
 
 const wallUnit = 'wall microseconds a call, median; "of the host" brings arrays to the device and back, "of the device" enqueues calls on its default stream'
-
-/** Median wall seconds of a call, of `batches` batches that each end when the device is done. */
-function measureWall(call: () => void, wait: () => void, { batches = 7, calls = 1 } = {}): { seconds: number; repeats: number } {
-  call()
-  wait()
-  const seconds: number[] = []
-  for (let batch = 0; batch < batches; batch++) {
-    const begin = performance.now()
-    for (let index = 0; index < calls; index++) call()
-    wait()
-    seconds.push((performance.now() - begin) / 1000 / calls)
-  }
-  return { seconds: median(seconds), repeats: batches * calls }
-}
 
 function row(what: string, { seconds, repeats }: { seconds: number; repeats: number }, rate: string): Row {
   return { what, value: seconds * 1e6, rate, wallMs: seconds * 1e3, repeats }

@@ -74,7 +74,7 @@ const program = new Command('bench')
           show(isGpu ? benchKmeansOnDevice(shape, on) : await benchKmeans(shape))
         } else if (operation === 'attend') {
           const shape = { codec, tokens, queryHeads, kvHeads, headDim, threads }
-          show(await (isGpu ? benchAttendOnDevice(shape, flags.batch, on) : benchAttend(shape, flags.peers ? buildPeers() : undefined)))
+          show(await (isGpu ? benchAttendOnDevice(shape, flags.batch, on, flags.calls) : benchAttend(shape, flags.peers ? buildPeers() : undefined)))
         } else {
           const shape = { codec, tokens: Math.min(tokens, 8192), kvHeads, headDim, threads }
           show(isGpu ? benchCodesOnDevice(shape, operation, on, flags.calls) : await benchCodes(shape, operation))

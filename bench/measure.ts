@@ -31,6 +31,20 @@ export async function measure(call: () => unknown, { repeats = 7, least = 0.5 } 
   return { cpu: median(cpu), wall: median(wall), spread: [Math.min(...cpu), Math.max(...cpu)], repeats: cpu.length }
 }
 
+/** Median wall seconds of a call, of `batches` batches that each end when the device is done. */
+export function measureWall(call: () => void, wait: () => void, { batches = 7, calls = 1 } = {}): { seconds: number; repeats: number } {
+  call()
+  wait()
+  const seconds: number[] = []
+  for (let batch = 0; batch < batches; batch++) {
+    const begin = performance.now()
+    for (let index = 0; index < calls; index++) call()
+    wait()
+    seconds.push((performance.now() - begin) / 1000 / calls)
+  }
+  return { seconds: median(seconds), repeats: batches * calls }
+}
+
 export function median(values: readonly number[]): number {
   const sorted = [...values].sort((a, b) => a - b)
   const half = sorted.length >> 1

@@ -6,7 +6,7 @@ import { rangeError, throwExpected } from './errors'
 import { DecoderModel } from './onnx/model'
 import type { DeviceOptions } from './device'
 
-/** `device` is where attention is computed, as in {@link DecoderModelOptions}. */
+/** `device` is where attention is computed, as in `DecoderModelOptions`. */
 export interface EvaluateOptions extends DeviceOptions {
   /** Directory of the model. */
   model: string

@@ -280,14 +280,14 @@ void test_kmeans_refusals(Random& random) {
 
 int main() {
   Random random(1);
-  for (int i = 0; i < 25; ++i) {
+  for (int i = 0; i < 14; ++i) {
     CodesCase const c(test::random_shape(random), random);
     if (c.shape.tokens == 0) continue;
     test_codes(c, random);
     test_enqueue(c);
   }
   test_codes_refusals();
-  for (int i = 0; i < 30; ++i) test_kmeans(random);
-  for (int i = 0; i < 20; ++i) test_kmeans_refusals(random);
+  for (int i = 0; i < 16; ++i) test_kmeans(random);
+  for (int i = 0; i < 12; ++i) test_kmeans_refusals(random);
   return test::finish();
 }

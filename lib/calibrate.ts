@@ -90,7 +90,7 @@ export async function captureActivations(model: DecoderModel, options: CaptureAc
   if (gradients !== undefined && weights !== 'fisher') throwExpected('"fisher" beside `gradients`', 'weights', weights)
   const tokens = await tokenIds(options.text, directory)
   if (tokens.length === 0) throw rangeError('Expected a text of at least one token for `text` but received an empty one')
-  const text: Text = { tokens, length, points: Math.min(points, tokens.length), hash: hash(tokens) }
+  const text: Text = { tokens, length, points: Math.min(points, tokens.length), hash: hashTokens(tokens) }
   let capture: Sample
   if (weights !== 'fisher') capture = await captureForward(model, text, weights, options)
   else if (gradients === undefined) capture = await captureGradients(model, text, options)
@@ -291,6 +291,7 @@ function bothSides(given: LearnOptions['codec'] | null, headDim: number): { key:
   return { key: both, value: both }
 }
 
-function hash(tokens: ArrayLike<number>): string {
+/** SHA-256 of token ids, uint32 little-endian, in hexadecimal digits. */
+export function hashTokens(tokens: ArrayLike<number>): string {
   return createHash('sha256').update(Uint32Array.from(tokens)).digest('hex')
 }

@@ -2,16 +2,15 @@
  * A codebook as a safetensors file: tensors `layers.<i>.key` and `layers.<i>.value` of shape
  * [kvHeads, groups, centroids, groupChannels], and the rest as JSON under `couplet` in its string map.
  */
-import { randomBytes } from 'node:crypto'
 import { closeSync, constants, fstatSync, fsyncSync, openSync, readSync, renameSync, rmSync, writeSync } from 'node:fs'
-import type { FileHandle } from 'node:fs/promises'
-import { open, rename, rm } from 'node:fs/promises'
-import { basename, dirname, join } from 'node:path'
+import { open } from 'node:fs/promises'
+import { dirname } from 'node:path'
 
 import type { Codec } from './codec'
 import type { CodebookMetadata, CodebookShape } from './codebook-metadata'
 import { readMetadata, writeMetadata } from './codebook-metadata'
 import { codeOf, CoupletError, rangeError } from './errors'
+import { partialPath, writeAtomically } from './files'
 import { float16FromFloat32, float32FromFloat16 } from './float16'
 import { parseJson } from './json'
 import type { Header, TensorType } from './safetensors'
@@ -210,30 +209,5 @@ export function writeFileSync(path: string, codebook: CodebookContents, dtype: T
 
 /** {@link writeFileSync} without blocking. */
 export async function writeFile(path: string, codebook: CodebookContents, dtype: TensorType): Promise<void> {
-  const partial = partialPath(path)
-  const file = await open(partial, 'wx')
-  try {
-    await closing(file, async () => {
-      for (const chunk of chunks(codebook, dtype)) await file.writeFile(chunk)
-      await file.sync()
-    })
-    await rename(partial, path)
-  } catch (error) {
-    await rm(partial, { force: true })
-    throw error
-  }
-  const folder = await open(dirname(path), 'r')
-  await closing(folder, () => folder.sync())
-}
-
-async function closing(file: FileHandle, use: () => Promise<void>): Promise<void> {
-  try {
-    await use()
-  } finally {
-    await file.close()
-  }
-}
-
-function partialPath(path: string): string {
-  return join(dirname(path), `.${basename(path)}.${process.pid}.${randomBytes(6).toString('hex')}.partial`)
+  await writeAtomically(path, chunks(codebook, dtype))
 }

@@ -29,6 +29,8 @@ export interface LearnedFrom {
   text?: string
   /** ISO 8601. */
   date?: string
+  /** By `tune` afterwards: steps, tokens in full precision, and the hash of its text. */
+  tuned?: { steps: number; window: number; sinks: number; text: string }
 }
 
 export interface CodebookMetadata {
@@ -116,6 +118,7 @@ function readLearned(json: Json): LearnedFrom {
   if (!/^\d{1,20}$/.test(seed)) throwExpected('decimal digits', 'learned.seed', seed, true)
   const text = members.get('text')
   const date = members.get('date')
+  const tuned = members.get('tuned')
   return Object.freeze({
     weights: readOneOf(members.get('weights'), 'learned.weights', ['uniform', 'attention', 'fisher']),
     iterations: readCount(members.get('iterations'), 'learned.iterations', 0),
@@ -123,7 +126,14 @@ function readLearned(json: Json): LearnedFrom {
     tokens: readCount(members.get('tokens'), 'learned.tokens', 0),
     ...(text !== undefined && { text: readText(text, 'learned.text') }),
     ...(date !== undefined && { date: readText(date, 'learned.date') }),
+    ...(tuned !== undefined && { tuned: readTuned(tuned) }),
   })
+}
+
+function readTuned(json: Json): NonNullable<LearnedFrom['tuned']> {
+  const members = readObject(json, 'learned.tuned')
+  const count = (name: string) => readCount(members.get(name), `learned.tuned.${name}`, 0)
+  return Object.freeze({ steps: count('steps'), window: count('window'), sinks: count('sinks'), text: readText(members.get('text'), 'learned.tuned.text') })
 }
 
 function optional<Value>(json: Json | undefined, read: (json: Json) => Value): Value | null {

@@ -4,6 +4,7 @@ import { calibrateCommand } from './calibrate'
 import { doctorCommand } from './doctor'
 import { evaluateCommand } from './evaluate'
 import { generateCommand } from './generate'
+import { tuneCommand } from './tune'
 
 /**
  * Runs the `couplet` command.
@@ -19,7 +20,8 @@ export async function main(argv: readonly string[]): Promise<number> {
     .description('KV caches of language models at 4 down to 1 bit per channel')
     .version(packageVersion)
     .showHelpAfterError('(couplet --help shows what there is)')
-  for (const command of [calibrateCommand(cancel.signal), evaluateCommand(cancel.signal), generateCommand(cancel.signal), doctorCommand()]) {
+  const { signal } = cancel
+  for (const command of [calibrateCommand(signal), tuneCommand(signal), evaluateCommand(signal), generateCommand(signal), doctorCommand()]) {
     program.addCommand(command.copyInheritedSettings(program))
   }
   for (const command of [program, ...program.commands]) command.exitOverride()

@@ -6,12 +6,13 @@ export class Progress {
   #title = ''
   #start = { time: 0, done: 0 }
 
-  update(title: string, done: number, total: number): void {
+  /** `note`: a word on what was reached so far. */
+  update(title: string, done: number, total: number, note = ''): void {
     if (title !== this.#title || !this.#bar) {
       this.stop()
       this.#title = title
       this.#bar = new SingleBar({
-        format: `${title.padEnd(24)} {bar} {percentage} % | {left} left`,
+        format: `${title.padEnd(24)} {bar} {percentage} % | {left} left {note}`,
         barCompleteChar: '█',
         barIncompleteChar: '░',
         barsize: 30,
@@ -21,9 +22,9 @@ export class Progress {
         stream: process.stderr,
       })
       this.#start = { time: performance.now(), done }
-      this.#bar.start(total, done, { left: '?' })
+      this.#bar.start(total, done, { left: '?', note })
     }
-    this.#bar.update(done, { left: this.#left(done, total) })
+    this.#bar.update(done, { left: this.#left(done, total), note })
   }
 
   /** By the mean speed since the start: that of the last steps, which cli-progress takes, jumps with every other load of the machine. */

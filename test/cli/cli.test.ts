@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import path from 'node:path'
 
@@ -49,6 +49,20 @@ describe('the couplet command', function () {
     assert.equal(written.code, 0, written.err)
     assert.ok(written.out.startsWith('The file '))
     assert.ok(written.out.length > 'The file \n'.length)
+  })
+
+  it('learns by fisher weights, and tunes', () => {
+    const [book, tuned] = [file('fisher.safetensors'), file('tuned.safetensors')]
+    const made = couplet('calibrate', '--model', model, '--text', file('learn.txt'), '--codec', 'cq-8c3b', '--weights', 'fisher', '--length', '256',
+      '--out', book)
+    assert.equal(made.code, 0, made.err)
+    const done = couplet('tune', '--model', model, '--text', file('learn.txt'), '--codebooks', book, '--length', '64', '--steps', '3',
+      '--window', '0', '--sinks', '0', '--out', tuned)
+    assert.equal(done.code, 0, done.err)
+    const [, before, after, best] = /KL divergence of held-out text (\S+) before, (\S+) after (\d) of 3 steps/.exec(done.out) ?? []
+    assert.ok(Number(after) <= Number(before) && Number(best) <= 3, done.out)
+    assert.ok(!existsSync(`${tuned}.checkpoint`))
+    assert.equal(couplet('eval', '--model', model, '--text', file('predict.txt'), '--codebooks', tuned).code, 0)
   })
 
   it('gives the same codebook for the same seed', () => {
@@ -103,6 +117,6 @@ describe('the couplet command', function () {
   it('exits with 0 after help', () => {
     const { code, out } = couplet('--help')
     assert.equal(code, 0)
-    for (const command of ['calibrate', 'eval', 'generate', 'doctor']) assert.match(out, new RegExp(`^ +${command} `, 'm'))
+    for (const command of ['calibrate', 'tune', 'eval', 'generate', 'doctor']) assert.match(out, new RegExp(`^ +${command} `, 'm'))
   })
 })

@@ -1,0 +1,65 @@
+import { access, constants, readFile, rm } from 'node:fs/promises'
+import { dirname, resolve } from 'node:path'
+import { Command, Option } from 'commander'
+import { tune } from '../tune'
+import { integer, lengthOption, modelOption, positiveNumber, seedOption, sinksOption, threadsOption, windowOption } from './options'
+import { Progress } from './progress'
+
+interface Flags {
+  model: string
+  codebooks: string
+  text: string
+  length: number
+  batch: number
+  steps: number
+  rate: number
+  window: number
+  sinks: number
+  patience: number
+  checkpoint?: string
+  out: string
+  seed: number
+  threads?: number
+}
+
+export function tuneCommand(signal: AbortSignal): Command {
+  return new Command('tune')
+    .description("improve a codebook by the model's own outputs; goes on where it was interrupted")
+    .addOption(modelOption())
+    .requiredOption('--codebooks <file>', 'codebook to begin with')
+    .requiredOption('--text <file>', 'text to learn from, UTF-8; the longer the better')
+    .addOption(lengthOption())
+    .addOption(new Option('--batch <chunks>', 'chunks of a step').default(4).argParser(integer(1)))
+    .addOption(new Option('--steps <count>', 'steps at most').default(280).argParser(integer(1)))
+    .addOption(new Option('--rate <number>', "first step of a centroid, in units of its group's spread").default(0.02).argParser(positiveNumber))
+    .addOption(windowOption())
+    .addOption(sinksOption())
+    .addOption(new Option('--patience <count>', 'ends after so many judgements, 20 steps apart, without a better one').default(4).argParser(integer(1)))
+    .option('--checkpoint <file>', 'keeps the state, and is removed at the end (default: <out>.checkpoint)')
+    .requiredOption('--out <file>', 'codebook to write (safetensors)')
+    .addOption(seedOption())
+    .addOption(threadsOption())
+    .action(async (flags: Flags) => {
+      const progress = new Progress()
+      const { codebooks, out, checkpoint = `${out}.checkpoint`, ...rest } = flags
+      try {
+        const text = await readFile(flags.text, 'utf8')
+        await access(dirname(resolve(out)), constants.W_OK)
+        const { codebook, steps, bestStep, before, after } = await tune({
+          ...rest,
+          text,
+          codebook: codebooks,
+          checkpoint,
+          signal,
+          onProgress: ({ done, total, best }) => { progress.update('tuning', done, total, `KL ${best.toFixed(5)}`) },
+        })
+        progress.stop()
+        await codebook.save(out)
+        await rm(checkpoint, { force: true })
+        console.log(`${out}: KL divergence of held-out text ${before.toFixed(5)} before, ${after.toFixed(5)} after ${bestStep} of ${steps} steps`)
+        codebook.dispose()
+      } finally {
+        progress.stop()
+      }
+    })
+}

@@ -1,0 +1,280 @@
+import { createHash } from 'node:crypto'
+
+import { requireCallOptions, requireInteger, requireObject } from './arguments'
+import { hashTokens, tokenIds } from './calibrate'
+import { chunks } from './chunks'
+import { Codebook } from './codebook'
+import { rangeError, throwExpected } from './errors'
+import { adamStep, groupSpreads } from './gradient/adam'
+import { sides } from './gradient/attention'
+import type { CodedBatch, Tables } from './gradient/coded'
+import { CodedGradientModel } from './gradient/coded'
+import { DecoderModel } from './onnx/model'
+import { shuffled } from './shuffle'
+import type { TuneProgressState, TuneSettings, TuneTables } from './tune-checkpoint'
+import { readCheckpoint, writeCheckpoint } from './tune-checkpoint'
+
+export interface TuneProgress {
+  /** Steps done, of `steps` at most. */
+  done: number
+  total: number
+  /** Mean KL divergence of the last step's texts, in natural logarithms. */
+  loss: number
+  /** Of the held-out texts: at the start, and the best so far. */
+  before: number
+  best: number
+}
+
+export interface TuneOptions {
+  /** Directory of the model. */
+  model: string
+  /** Codebook to begin with, or its file. */
+  codebook: Codebook | string
+  /** Text to learn from, or its token ids. A long one: a text that is seen often is learned by heart. */
+  text: string | ArrayLike<number>
+  /** Tokens of a chunk; every chunk is a sequence of its own, and a shorter rest is left out. Default 512. */
+  length?: number
+  /** Chunks of a step. Default 4. */
+  batch?: number
+  /** Steps at most. Default 280. */
+  steps?: number
+  /** First step of a centroid in units of the spread of its group; falls to 0 along half a cosine. Default 0.02. */
+  rate?: number
+  /** Newest tokens that a query reads in full precision, itself among them: as the codebook will be used. Default 32. */
+  window?: number
+  /** First tokens in full precision. Default 4. */
+  sinks?: number
+  /** Chunks at the end of the text that are kept apart to judge by. Default a tenth of them, 1 to 16. */
+  heldOut?: number
+  /** Steps from one judgement to the next. Default 20. */
+  checkEvery?: number
+  /** Ends after so many judgements without a better one. Default 4. */
+  patience?: number
+  /** Of the order of the chunks. Default 0. */
+  seed?: number
+  /** File that keeps the state after every judgement; a tuning with the same options goes on from it. It stays when the tuning is done. */
+  checkpoint?: string
+  threads?: number
+  signal?: AbortSignal
+  onProgress?: (progress: TuneProgress) => void
+}
+
+export interface Tuned {
+  /** The best tables by the held-out texts; as good as those to begin with, or better. */
+  codebook: Codebook
+  /** Steps run, and the one that gave the best tables (0: those to begin with). */
+  steps: number
+  bestStep: number
+  /** Mean KL divergence of the held-out texts from the full-precision model, in natural logarithms. */
+  before: number
+  after: number
+}
+
+/** Bytes of full-precision logits that are kept for later steps. */
+const keptLogitBytes = 2 ** 28
+
+/**
+ * Improves the centroids of a codebook by the model's own outputs: minimises the KL divergence of its logits on codes from those in
+ * full precision, over the centroids alone (docs/algorithm.md). What a cache stores and how fast it is read do not change. The same
+ * options give the same codebook on the same number of threads, interrupted or not.
+ *
+ * @throws {RangeError} `ERR_COUPLET_INVALID_ARGUMENT` for a text of fewer than two chunks, or a checkpoint of another tuning
+ * @throws {CoupletError} `ERR_COUPLET_UNSUPPORTED_MODEL` for a graph through which couplet cannot compute gradients;
+ *   `ERR_COUPLET_CODEBOOK_MISMATCH` for the codebook of another model
+ * @example
+ * const { codebook, before, after } = await tune({ model: 'my-model', codebook: 'my-model.cq-8c8b.safetensors', text })
+ * await codebook.save('my-model.cq-8c8b.tuned.safetensors')
+ */
+export async function tune(options: TuneOptions): Promise<Tuned> {
+  requireObject(options, 'options')
+  const plan = checked(options)
+  const tokens = await tokenIds(options.text, options.model)
+  const texts = [...chunks(tokens, plan.length, plan.length)]
+  if (texts.length < 2) throw rangeError(`Expected a text of at least two chunks of ${plan.length} tokens for \`text\` but received ${tokens.length} tokens`)
+  const own = typeof options.codebook === 'string'
+  const codebook = typeof options.codebook === 'string' ? await Codebook.load(options.codebook) : options.codebook
+  if (!(codebook instanceof Codebook)) throwExpected('a Codebook or the path of one', 'codebook', codebook)
+  const threads = options.threads === undefined ? {} : { threads: options.threads }
+  try {
+    using reference = await DecoderModel.load(options.model, threads)
+    const { shape, fingerprint } = reference
+    codebook.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
+    const codecs = { key: codebook.keyCodec, value: codebook.valueCodec }
+    using model = await CodedGradientModel.load(reference.file, { codecs, sinks: plan.sinks, window: plan.window, ...threads })
+    const heldOut = plan.heldOut ?? Math.min(16, Math.max(1, Math.floor(texts.length / 10)))
+    if (heldOut >= texts.length) throw rangeError(`Expected fewer than ${texts.length} chunks, all of the text, for \`heldOut\` but received ${heldOut}`)
+    const text = hashTokens(tokens)
+    const settings: TuneSettings = {
+      model: fingerprint, codebook: createHash('sha256').update(codebook.toBuffer()).digest('hex'), text, ...plan, heldOut,
+    }
+    const tuning = new Tuning({ model, codebook, batches: new Batches(reference, texts, heldOut, plan), plan, settings })
+    const state = await tuning.run(options)
+    return { codebook: tuning.codebook(text, state), steps: state.step, bestStep: state.bestStep, before: state.before, after: state.best }
+  } finally {
+    if (own) codebook.dispose()
+  }
+}
+
+type Plan = Required<Pick<TuneOptions, 'length' | 'batch' | 'steps' | 'rate' | 'window' | 'sinks' | 'checkEvery' | 'patience' | 'seed'>> & { heldOut?: number }
+
+function checked(options: TuneOptions): Plan {
+  const { length = 512, batch = 4, steps = 280, rate = 0.02, window = 32, sinks = 4, checkEvery = 20, patience = 4, seed = 0, heldOut } = options
+  requireInteger(length, 'length', 2)
+  requireInteger(batch, 'batch', 1)
+  requireInteger(steps, 'steps', 1)
+  requireInteger(window, 'window', 0)
+  requireInteger(sinks, 'sinks', 0)
+  requireInteger(checkEvery, 'checkEvery', 1)
+  requireInteger(patience, 'patience', 1)
+  requireInteger(seed, 'seed', 0)
+  if (heldOut !== undefined) requireInteger(heldOut, 'heldOut', 1)
+  if (typeof rate !== 'number' || !(rate > 0 && rate <= 1)) throwExpected('a number above 0, at most 1', 'rate', rate, typeof rate === 'number')
+  requireCallOptions(options)
+  if (options.checkpoint !== undefined && typeof options.checkpoint !== 'string') throwExpected('a path', 'checkpoint', options.checkpoint)
+  return { length, batch, steps, rate, window, sinks, checkEvery, patience, seed, ...(heldOut !== undefined && { heldOut }) }
+}
+
+/** Chunks in the order in which steps take them, with the logits that they are to have. */
+class Batches {
+  readonly #model: DecoderModel
+  readonly #texts: readonly number[][]
+  readonly #learned: number
+  readonly #plan: Plan
+  readonly #logits = new Map<number, Float32Array>()
+  #logitBytes = 0
+
+  constructor(model: DecoderModel, texts: readonly number[][], heldOut: number, plan: Plan) {
+    this.#model = model
+    this.#texts = texts
+    this.#learned = texts.length - heldOut
+    this.#plan = plan
+  }
+
+  /** A function of the step alone, so that an interrupted tuning goes on with the chunks that it had not seen. */
+  async ofStep(step: number, signal: AbortSignal | undefined): Promise<CodedBatch> {
+    const places = Array.from({ length: this.#plan.batch }, (_, i) => (step - 1) * this.#plan.batch + i)
+    return this.#make(places.map((place) => shuffled(this.#learned, this.#plan.seed, Math.floor(place / this.#learned))[place % this.#learned]!), signal)
+  }
+
+  async* heldOut(signal: AbortSignal | undefined): AsyncGenerator<CodedBatch> {
+    for (let first = this.#learned; first < this.#texts.length; first += this.#plan.batch) {
+      const count = Math.min(this.#plan.batch, this.#texts.length - first)
+      yield this.#make(Array.from({ length: count }, (_, i) => first + i), signal)
+    }
+  }
+
+  async #make(numbers: number[], signal: AbortSignal | undefined): Promise<CodedBatch> {
+    const parts: Float32Array[] = []
+    for (const number of numbers) parts.push(await this.#logitsOf(number, signal))
+    const size = parts[0]!.length
+    const logits = new Float32Array(size * parts.length)
+    parts.forEach((part, i) => { logits.set(part, i * size) })
+    return { texts: numbers.map((number) => this.#texts[number]!), logits }
+  }
+
+  async #logitsOf(number: number, signal: AbortSignal | undefined): Promise<Float32Array> {
+    const known = this.#logits.get(number)
+    if (known) return known
+    using sequence = this.#model.sequence()
+    const { logits } = await this.#model.run([{ sequence, tokens: this.#texts[number]! }], signal ? { signal } : {})
+    if (this.#logitBytes + logits.byteLength <= keptLogitBytes) {
+      this.#logitBytes += logits.byteLength
+      this.#logits.set(number, logits)
+    }
+    return logits
+  }
+}
+
+/** Tables on their way, and what is known of them. */
+class Tuning {
+  readonly #model: CodedGradientModel
+  readonly #start: Codebook
+  readonly #batches: Batches
+  readonly #plan: Plan
+  readonly #settings: TuneSettings
+  readonly #tables: TuneTables
+  readonly #spreads: Record<'key' | 'value', Float64Array[]>
+
+  constructor({ model, codebook, batches, plan, settings }: {
+    model: CodedGradientModel; codebook: Codebook; batches: Batches; plan: Plan; settings: TuneSettings
+  }) {
+    this.#model = model
+    this.#start = codebook
+    this.#batches = batches
+    this.#plan = plan
+    this.#settings = settings
+    const layers = Array.from({ length: codebook.layers }, (_, layer) => layer)
+    const start: Tables = { key: layers.map((layer) => codebook.keyTable(layer)), value: layers.map((layer) => codebook.valueTable(layer)) }
+    this.#tables = { current: copied(start), mean: zeros(start), square: zeros(start), best: copied(start) }
+    this.#spreads = {
+      key: start.key.map((table) => groupSpreads(table, codebook.keyCodec.centroids, codebook.keyCodec.groupChannels)),
+      value: start.value.map((table) => groupSpreads(table, codebook.valueCodec.centroids, codebook.valueCodec.groupChannels)),
+    }
+  }
+
+  async run({ checkpoint, signal, onProgress }: Pick<TuneOptions, 'checkpoint' | 'signal' | 'onProgress'>): Promise<TuneProgressState> {
+    const { steps, checkEvery, patience } = this.#plan
+    const known = checkpoint === undefined ? undefined : await readCheckpoint(checkpoint, this.#settings, this.#tables)
+    const state = known ?? await this.#begin(signal)
+    while (state.step < steps && state.step - state.bestStep < patience * checkEvery) {
+      const loss = await this.#step(state.step + 1, signal)
+      state.step++
+      const judged = state.step % checkEvery === 0 || state.step === steps
+      if (judged) await this.#judge(state, signal)
+      if (judged && checkpoint !== undefined) await writeCheckpoint(checkpoint, this.#settings, state, this.#tables)
+      onProgress?.({ done: state.step, total: steps, loss, before: state.before, best: state.best })
+    }
+    return state
+  }
+
+  /** The best tables. `text`: hash of what they were tuned on. */
+  codebook(text: string, { bestStep }: TuneProgressState): Codebook {
+    const { keyCodec, valueCodec, kvHeads, headDim, metadata } = this.#start
+    const { window, sinks } = this.#plan
+    const learned = metadata.learned && bestStep > 0 ? { ...metadata.learned, tuned: { steps: bestStep, window, sinks, text } } : metadata.learned
+    const { key, value } = this.#tables.best
+    return Codebook.fromTables({ keyTables: key, valueTables: value, keyCodec, valueCodec, kvHeads, headDim, metadata: { ...metadata, learned } })
+  }
+
+  async #begin(signal: AbortSignal | undefined): Promise<TuneProgressState> {
+    const before = await this.#heldOutLoss(signal)
+    return { step: 0, before, best: before, bestStep: 0 }
+  }
+
+  async #step(step: number, signal: AbortSignal | undefined): Promise<number> {
+    const { current, mean, square } = this.#tables
+    const gradients = zeros(current)
+    const loss = await this.#model.run(await this.#batches.ofStep(step, signal), current, { gradients, signal })
+    const rate = (this.#plan.rate * (1 + Math.cos((Math.PI * (step - 1)) / this.#plan.steps))) / 2
+    for (const side of sides) {
+      current[side].forEach((table, layer) => {
+        const state = { mean: mean[side][layer]!, square: square[side][layer]! }
+        adamStep(table, gradients[side][layer]!, state, { step, rate, spreads: this.#spreads[side][layer]! })
+      })
+    }
+    return loss
+  }
+
+  async #judge(state: TuneProgressState, signal: AbortSignal | undefined): Promise<void> {
+    const loss = await this.#heldOutLoss(signal)
+    if (!(loss < state.best)) return
+    state.best = loss
+    state.bestStep = state.step
+    const { current, best } = this.#tables
+    for (const side of sides) best[side].forEach((table, layer) => { table.set(current[side][layer]!) })
+  }
+
+  async #heldOutLoss(signal: AbortSignal | undefined): Promise<number> {
+    let sum = 0
+    let texts = 0
+    for await (const batch of this.#batches.heldOut(signal)) {
+      sum += await this.#model.run(batch, this.#tables.current, { signal }) * batch.texts.length
+      texts += batch.texts.length
+    }
+    return sum / texts
+  }
+}
+
+const copied = ({ key, value }: Tables): Tables => ({ key: key.map((table) => table.slice()), value: value.map((table) => table.slice()) })
+const zeros = ({ key, value }: Tables): Tables =>
+  ({ key: key.map((table) => new Float32Array(table.length)), value: value.map((table) => new Float32Array(table.length)) })

@@ -1,0 +1,98 @@
+import assert from 'node:assert/strict'
+
+import { Codebook } from '../../lib/codebook'
+import { codec } from '../../lib/codec'
+import type { CodedBatch, Tables } from '../../lib/gradient/coded'
+import { CodedGradientModel } from '../../lib/gradient/coded'
+import { DecoderModel } from '../../lib/onnx/model'
+import { ids, temporaryFolder } from '../onnx/files'
+import type { DecoderShape } from '../onnx/graphs'
+import { decoder, normals } from '../onnx/graphs'
+
+const [layers, kvHeads, headDim, tokens, vocabulary] = [2, 2, 32, 12, 64]
+const codecs = { key: codec('cq-8c3b'), value: codec('cq-4c2b') }
+
+function randomTables(): Tables {
+  const random = normals(21)
+  const tables = (centroids: number) => Array.from({ length: layers }, () => Float32Array.from({ length: kvHeads * headDim * centroids }, random))
+  return { key: tables(codecs.key.centroids), value: tables(codecs.value.centroids) }
+}
+
+const bookOf = ({ key, value }: Tables): Codebook =>
+  Codebook.fromTables({ keyTables: key, valueTables: value, keyCodec: codecs.key, valueCodec: codecs.value, kvHeads, headDim })
+
+const logProbabilities = (logits: Float32Array): number[] => {
+  const most = Math.max(...logits)
+  const sum = Math.log(logits.reduce((total, logit) => total + Math.exp(logit - most), 0)) + most
+  return Array.from(logits, (logit) => logit - sum)
+}
+
+describe('gradient of the centroids', function () {
+  this.timeout(60_000)
+  const folder = temporaryFolder()
+  const texts = [ids(tokens), ids(tokens, 3)]
+
+  const logitsOf = async (model: DecoderModel, prefill: 'exact' | 'coded'): Promise<Float32Array> => {
+    const parts: number[] = []
+    for (const text of texts) {
+      using sequence = model.sequence()
+      parts.push(...(await model.run([{ sequence, tokens: text }], { prefill })).logits)
+    }
+    return Float32Array.from(parts)
+  }
+
+  const forms: [name: string, shape: DecoderShape, window: number, sinks: number][] = [
+    ['every token coded', {}, 0, 0],
+    ['a window and sinks', { seed: 3 }, 3, 2], // seed 1 has a token so near to two centroids that it changes its code
+    ['sinks alone, a softcap, a local window', { softcap: 3, localWindow: 6 }, 0, 1],
+    ['packed, interleaved, attention sinks', { packed: true, interleaved: true, headSinks: Float32Array.of(1, -1, 0, 2) }, 2, 0],
+  ]
+  for (const [name, shape, window, sinks] of forms) {
+    it(`is that of the KL divergence of the model on codes: ${name}`, async () => {
+      const path = folder.save(decoder({ layers, kvHeads, headDim, vocabulary, ...shape }))
+      const tables = randomTables()
+      using codebook = bookOf(tables)
+      using exact = await DecoderModel.load(path, { threads: 1 })
+      using coded = await DecoderModel.load(path, { codebook, window, sinks, threads: 1 })
+      const batch: CodedBatch = { texts, logits: await logitsOf(exact, 'exact') }
+      const codedLogits = await logitsOf(coded, 'coded')
+      let divergence = 0
+      for (let row = 0; row < texts.length * tokens; row++) {
+        const [p, q] = [batch.logits, codedLogits].map((logits) => logProbabilities(logits.subarray(row * vocabulary, (row + 1) * vocabulary)))
+        p!.forEach((log, i) => { divergence += Math.exp(log) * (log - q![i]!) / texts.length / tokens })
+      }
+
+      using model = await CodedGradientModel.load(path, { codecs, window, sinks, threads: 1 })
+      const zeros = (all: Float32Array[]) => all.map(({ length }) => new Float32Array(length))
+      const gradients = { key: zeros(tables.key), value: zeros(tables.value) }
+      const loss = await model.run(batch, tables, { gradients })
+      assert.ok(Math.abs(loss - divergence) < 1e-4 * divergence, `${loss}, not ${divergence}`)
+      for (const side of ['key', 'value'] as const) {
+        for (let layer = 0; layer < layers; layer++) {
+          // Along the gradient, and so little that no token changes its code.
+          const gradient = gradients[side][layer]!
+          const size = Math.hypot(...gradient)
+          assert.ok(size > 0)
+          const moved = (step: number) => tables[side].map((table, i) => (i === layer ? table.map((x, k) => x + step * gradient[k]! / size) : table))
+          const at = (step: number) => model.run(batch, { ...tables, [side]: moved(step) })
+          const measured = (await at(2 ** -11) - await at(-(2 ** -11))) * 2 ** 10
+          assert.ok(Math.abs(measured - size) < 0.02 * size + 4e-4, `${side} of layer ${layer}: ${size}, central differences ${measured}`)
+        }
+      }
+    })
+  }
+
+  it('codes by the nearest centroid where the mean is many times the spread', async () => {
+    const path = folder.save(decoder({ layers: 1, kvHeads, headDim, vocabulary }))
+    const random = normals(2)
+    const far = (centroids: number) => [Float32Array.from({ length: kvHeads * headDim * centroids }, () => 300 + 0.01 * random())]
+    const tables = { key: far(codecs.key.centroids), value: far(codecs.value.centroids) }
+    using codebook = bookOf(tables)
+    using exact = await DecoderModel.load(path, { threads: 1 })
+    using coded = await DecoderModel.load(path, { codebook, window: 0, sinks: 0, threads: 1 })
+    using model = await CodedGradientModel.load(path, { codecs, window: 0, sinks: 0, threads: 1 })
+    const own: CodedBatch = { texts, logits: await logitsOf(coded, 'coded') }
+    assert.ok(await model.run(own, tables) < 1e-4, 'the divergence from its own logits on codes is 0')
+    assert.ok(await model.run({ texts, logits: await logitsOf(exact, 'exact') }, tables) > 0.1)
+  })
+})

@@ -29,6 +29,8 @@ export type { KmeansLayout, KmeansOptions, KmeansProgress, KmeansResult, KmeansS
 export { kmeans, kmeansSync } from './kmeans'
 export type { TablesShape } from './tables'
 export { PreparedTables } from './tables'
+export type { PlannedCache, PlanOptions } from './plan'
+export { plan } from './plan'
 export type { Tuned, TuneOptions, TuneProgress } from './tune'
 export { tune } from './tune'
 export type { TextTokenizer } from './tokenizer'

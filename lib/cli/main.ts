@@ -4,6 +4,7 @@ import { calibrateCommand } from './calibrate'
 import { doctorCommand } from './doctor'
 import { evaluateCommand } from './evaluate'
 import { generateCommand } from './generate'
+import { planCommand } from './plan'
 import { tuneCommand } from './tune'
 
 /**
@@ -21,7 +22,10 @@ export async function main(argv: readonly string[]): Promise<number> {
     .version(packageVersion)
     .showHelpAfterError('(couplet --help shows what there is)')
   const { signal } = cancel
-  for (const command of [calibrateCommand(signal), tuneCommand(signal), evaluateCommand(signal), generateCommand(signal), doctorCommand()]) {
+  const commands = [
+    calibrateCommand(signal), tuneCommand(signal), evaluateCommand(signal), generateCommand(signal), planCommand(), doctorCommand(),
+  ]
+  for (const command of commands) {
     program.addCommand(command.copyInheritedSettings(program))
   }
   for (const command of [program, ...program.commands]) command.exitOverride()

@@ -2,6 +2,7 @@
 import { readFile, stat } from 'node:fs/promises'
 import { dirname, join, resolve } from 'node:path'
 
+import { requireText } from '../arguments'
 import type { RotarySpec } from '../codebook'
 import { CoupletError } from '../errors'
 import { knownInputs } from './feeds'
@@ -54,6 +55,16 @@ export async function openDecoder(path: string): Promise<Decoder> {
     throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `The weights of "${file}" cannot be read: ${String(cause)}`, { cause })
   })
   return { file, graph, folder, layers, measuredPasts, shape: shapeOf(layers), fingerprint, ...describeGraph(graph, measuredPasts) }
+}
+
+/**
+ * The shape of a model, from its graph alone: nothing is given to onnxruntime.
+ * @param path an .onnx file, or a folder that has onnx/model.onnx or model.onnx.
+ * @throws {CoupletError} `ERR_COUPLET_UNSUPPORTED_MODEL`
+ */
+export async function modelShape(path: string): Promise<ModelShape> {
+  requireText(path, 'path')
+  return (await openDecoder(path)).shape
 }
 
 async function findModel(path: string): Promise<string> {

@@ -5,4 +5,5 @@
 export type { CaptureOptions, Sample } from './capture'
 export { Capture } from './capture'
 export type { DecoderModelOptions, ModelRow, ModelRunOptions, ModelRunResult, ModelShape, ModelTensor, OutputArray } from './model'
+export { modelShape } from './decoder'
 export { DecoderModel } from './model'

@@ -65,6 +65,23 @@ describe('the couplet command', function () {
     assert.equal(couplet('eval', '--model', model, '--text', file('predict.txt'), '--codebooks', tuned).code, 0)
   })
 
+  it('plans memory, from a graph or from config.json alone', () => {
+    const planned = couplet('plan', '--model', model, '--context', '4096', '--sequences', '8', '--budget', '0.1GB', '--codec', 'cq-8c8b', '--json')
+    assert.equal(planned.code, 0, planned.err)
+    const { caches, ...asked } = JSON.parse(planned.out) as { caches: { name: string; totalBytes: number; longestContext: number }[] }
+    assert.deepEqual(asked, { layers: 4, kvHeads: 2, headDim: 64, context: 4096, sequences: 8, budget: 1e8, sinks: 4, window: 32 })
+    assert.deepEqual(caches.map(({ name }) => name), ['float16', 'int8', 'int4', 'cq-8c8b'])
+    assert.equal(caches[0]?.totalBytes, 8 * 4096 * 4 * 2 * 2 * 64 * 2)
+    assert.ok((caches[3]?.longestContext ?? 0) > 10 * (caches[0]?.longestContext ?? 0))
+
+    writeFileSync(file('config.json'), JSON.stringify({ num_hidden_layers: 32, num_attention_heads: 32, num_key_value_heads: 8, hidden_size: 4096 }))
+    const table = couplet('plan', '--model', folder, '--context', '32768', '--budget', '24GiB')
+    assert.equal(table.code, 0, table.err)
+    assert.match(table.out, /32 layers, 8 kv heads, headDim 128; 1 x 32768 tokens/)
+    assert.match(table.out, /float16 +16\.00 +4\.295 GB .*196608/)
+    assert.equal(couplet('plan', '--model', model, '--context', '1', '--budget', 'much').code, 2)
+  })
+
   it('gives the same codebook for the same seed', () => {
     for (const [name, threads] of [['a', '1'], ['b', '2']] as const) {
       const { code, err } = couplet('calibrate', '--model', model, '--text', file('learn.txt'), '--codec', 'cq-8c4b',

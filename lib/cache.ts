@@ -144,7 +144,7 @@ export interface CacheStatistics {
   rawBytes: number
   /** Bytes of centroids as the backend keeps them, once for all caches of the same {@link Codebook}. */
   codebookBytes: number
-  /** Page tables, block headers, scratch of attention: an estimate from below. */
+  /** Page tables, block headers, scratch of attention, blocks that a GPU keeps for the next ones: an estimate from below. */
   bookkeepingBytes: number
   /** The `memory` option; Infinity without a limit. pageBytes + rawBytes stays within it. */
   budgetBytes: number

@@ -190,12 +190,34 @@ __global__ void __launch_bounds__(block_threads, resident_blocks<Channels>) enco
   report_not_finite(call.not_finite, call.kv_heads);
 }
 
-__global__ void __launch_bounds__(block_threads) encode_centroids(Call const call) {
+// The sum over channels of one token and one centroid, in the order of all bodies.
+__device__ __forceinline__ float distance_between(const float* token, const float* centroid, int32_t channels) {
+  float distance = 0;
+  auto const add = [&](float value, float other) {
+    float const difference = __fsub_rn(value, other);
+    distance = __fmaf_rn(difference, difference, distance);
+  };
+  if (channels % 4 == 0) {  // then every centroid is on 16 bytes
+    for (int32_t c = 0; c < channels; c += 4) {
+      float4 const four = *reinterpret_cast<const float4*>(token + c);
+      float4 const others = __ldg(reinterpret_cast<const float4*>(centroid + c));
+      add(four.x, others.x);
+      add(four.y, others.y);
+      add(four.z, others.z);
+      add(four.w, others.w);
+    }
+  } else {
+    for (int32_t c = 0; c < channels; ++c) add(token[c], __ldg(centroid + c));
+  }
+  return distance;
+}
+
+__global__ void __launch_bounds__(block_threads, resident_blocks<8>) encode_centroids(Call const call) {
   GPU_SHARED(run, Run);
-  GPU_SHARED(points, float[block_threads / warp_lanes][COUPLET_MAX_HEAD_DIM]);
+  GPU_SHARED(points, float4[block_threads / warp_lanes][COUPLET_MAX_HEAD_DIM / 4]);
   take_run(call, run);
   int32_t const lane = gpu::lane_id();
-  float* const values = points[threadIdx.x / warp_lanes];
+  float* const values = reinterpret_cast<float*>(points[threadIdx.x / warp_lanes]);
   uint32_t const unit = blockIdx.x * (block_threads / warp_lanes) + threadIdx.x / warp_lanes;
   int32_t const row = static_cast<int32_t>(unit / call.row_units);
   if (row < call.kv_heads * call.groups) {  // the whole warp or none of it
@@ -222,11 +244,7 @@ __global__ void __launch_bounds__(block_threads) encode_centroids(Call const cal
       float best = __uint_as_float(0x7f800000u);
       int32_t code = 0;
       for (int32_t k = lane; k < centroids; k += warp_lanes) {
-        float distance = 0;
-        for (int32_t c = 0; c < channels; ++c) {
-          float const difference = __fsub_rn(values[c], __ldg(table + k * channels + c));
-          distance = __fmaf_rn(difference, difference, distance);
-        }
+        float const distance = distance_between(values, table + k * channels, channels);
         if (distance < best) {
           best = distance;
           code = k;

@@ -2,20 +2,59 @@
 
 namespace couplet {
 
+constexpr int64_t least_spare_bytes = int64_t{64} << 20;  // beside half of what is in use
+
 Block::~Block() {
-  pool_->backend_->memory.release(memory_, static_cast<size_t>(bytes_));
   pool_->count(kind_, -bytes_, -1);
+  pool_->give(memory_, bytes_);
+}
+
+uint8_t* BlockPool::take(int64_t bytes) {
+  auto const fits =
+      std::find_if(spares_.rbegin(), spares_.rend(), [&](const Spare& spare) { return spare.bytes == bytes; });
+  if (fits != spares_.rend()) {
+    uint8_t* const memory = fits->memory;
+    *fits = spares_.back();
+    spares_.pop_back();
+    spare_bytes_ -= bytes;
+    return memory;
+  }
+  if (budget_bytes_ > 0 && used_bytes() + spare_bytes_ + bytes > budget_bytes_) release_spares();
+  void* memory = backend_->memory.allocate(static_cast<size_t>(bytes));
+  if (!memory && !spares_.empty()) {
+    release_spares();
+    memory = backend_->memory.allocate(static_cast<size_t>(bytes));
+  }
+  return static_cast<uint8_t*>(memory);
+}
+
+void BlockPool::give(uint8_t* memory, int64_t bytes) noexcept {
+  bool const is_kept = !backend_->memory.is_host && spare_bytes_ + bytes <= used_bytes() / 2 + least_spare_bytes &&
+                       (budget_bytes_ == 0 || used_bytes() + spare_bytes_ + bytes <= budget_bytes_);
+  if (is_kept) try {
+      spares_.push_back({memory, bytes});
+      spare_bytes_ += bytes;
+      return;
+    } catch (...) {  // no memory for one more entry: the block is freed
+    }
+  backend_->memory.release(memory, static_cast<size_t>(bytes));
+}
+
+void BlockPool::release_spares() {
+  for (const Spare& spare : spares_) backend_->memory.release(spare.memory, static_cast<size_t>(spare.bytes));
+  spares_.clear();
+  spare_bytes_ = 0;
 }
 
 BlockRef BlockPool::allocate(BlockKind kind, int64_t bytes, int32_t tokens) {
-  auto* const memory = static_cast<uint8_t*>(backend_->memory.allocate(static_cast<size_t>(bytes)));
+  uint8_t* const memory = take(bytes);
   if (!memory) return nullptr;
   count(kind, bytes, 1);
   try {
     return std::make_shared<Block>(this, kind, memory, bytes, tokens);
   } catch (...) {
-    backend_->memory.release(memory, static_cast<size_t>(bytes));
     count(kind, -bytes, -1);
+    give(memory, bytes);
     throw;
   }
 }

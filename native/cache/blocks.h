@@ -43,9 +43,15 @@ class Block {
 using BlockRef = std::shared_ptr<Block>;
 
 // Counts every byte that backend.memory was asked for. Changed only under the mutex of the cache; read from anywhere.
+// A device waits for all of its work when memory is freed, and takes its time to allocate, so that blocks of a device are kept for
+// the next ones of their size: while they and the blocks in use stay within the budget, and there are not many more than windows
+// that move on need.
 class BlockPool {
  public:
   BlockPool(const couplet_backend* backend, int64_t budget_bytes) : backend_(backend), budget_bytes_(budget_bytes) {}
+  ~BlockPool() { release_spares(); }
+  BlockPool(const BlockPool&) = delete;
+  BlockPool& operator=(const BlockPool&) = delete;
 
   int64_t budget_bytes() const { return budget_bytes_; }
   int64_t used_bytes() const { return page_bytes() + raw_bytes(); }
@@ -56,14 +62,24 @@ class BlockPool {
 
   bool fits(int64_t bytes) const { return budget_bytes_ == 0 || bytes <= budget_bytes_ - used_bytes(); }
   BlockRef allocate(BlockKind kind, int64_t bytes, int32_t tokens);  // NULL when the system has no memory
+  int64_t spare_bytes() const { return spare_bytes_; }
+  void release_spares();
   void note_peak() { peak_bytes_.store(std::max(peak_bytes(), used_bytes()), std::memory_order_relaxed); }
 
  private:
   friend class Block;
   void count(BlockKind kind, int64_t bytes, int64_t blocks);
+  uint8_t* take(int64_t bytes);
+  void give(uint8_t* memory, int64_t bytes) noexcept;
 
+  struct Spare {
+    uint8_t* memory;
+    int64_t bytes;
+  };
   const couplet_backend* backend_;
   int64_t budget_bytes_;
+  std::vector<Spare> spares_;
+  int64_t spare_bytes_ = 0;
   std::atomic<int64_t> page_bytes_{0}, raw_bytes_{0}, peak_bytes_{0}, blocks_{0};
 };
 

@@ -196,7 +196,7 @@ CacheStatistics Cache::statistics() const {
   statistics.sequences = static_cast<int64_t>(state_->sequences.size());
   statistics.bookkeeping_bytes = static_cast<int64_t>(sizeof(State)) +
                                  state_->scratch_bytes.load(std::memory_order_relaxed) +
-                                 state_->pool.blocks() * block_header_bytes;
+                                 state_->pool.blocks() * block_header_bytes + state_->pool.spare_bytes();
   for (const auto& [id, sequence] : state_->sequences) {
     statistics.tokens += sequence.length;
     statistics.coded_tokens += sequence.coded_end - config.sinks;
@@ -234,6 +234,7 @@ void Cache::dispose() noexcept {
   for (auto& [id, sequence] : state_->sequences) sequence.abandoned = true;
   std::erase_if(state_->sequences, [](const auto& entry) { return !entry.second.in_step; });
   state_->idle_memory.clear();
+  state_->pool.release_spares();
   state_->codebook.reset();
 }
 

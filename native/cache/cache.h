@@ -110,7 +110,7 @@ struct CacheStatistics {
   int64_t page_bytes = 0;  // allocated for codes, padding and unused slots included; shared pages once
   int64_t raw_bytes = 0;   // allocated for full-precision tokens
   int64_t codebook_bytes = 0;
-  int64_t bookkeeping_bytes = 0;  // page tables, block headers, scratch of attend: an estimate from below
+  int64_t bookkeeping_bytes = 0;  // page tables, block headers, scratch, spare blocks: an estimate from below
   int64_t budget_bytes = 0;
   int64_t peak_bytes = 0;  // highest page_bytes + raw_bytes so far
   // 8 * (page_bytes + raw_bytes + codebook_bytes) / (tokens * layers * 2 * kv_heads * head_dim), 0 without tokens

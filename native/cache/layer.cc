@@ -1,5 +1,6 @@
 // One layer of a step: bring rows to the device, copy what is shared, store what stays raw, encode what leaves the window, attend.
 // All of it is enqueued in a row; what its launches read of the host's is uploaded in one copy before the first of them.
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -182,7 +183,9 @@ couplet_status Step::State::Layer::bring_tables() {
   size_t pages = 0;
   for (const StepRowState& row : step_.rows) pages += row.pages.size();
   size_t const table_bytes = is_host_ ? 0 : pages * sizeof(uint8_t*);
-  couplet_status status = step_.reserve(&step_.memory.tables, step_.reports_bytes() + table_bytes, report_);
+  // With room for what the next steps add: they inherit this memory.
+  size_t const room = is_host_ ? 0 : std::bit_ceil(table_bytes + 512);
+  couplet_status status = step_.reserve(&step_.memory.tables, step_.reports_bytes() + room, report_);
   if (status != COUPLET_OK) return status;
   auto** table = reinterpret_cast<uint8_t**>(step_.memory.tables.memory() + step_.reports_bytes());
   uint8_t** const first = table;

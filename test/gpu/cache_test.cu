@@ -197,6 +197,37 @@ void memory_ends() {
         static_cast<long long>(length));
 }
 
+// Windows that move on ask the device for no memory: a block that leaves is the next one that comes. A budget is one all the same.
+void blocks_are_used_again() {
+  static int64_t allocations = 0;
+  static couplet_backend counted = *backend();
+  counted.memory.allocate = [](size_t bytes) {
+    ++allocations;
+    return backend()->memory.allocate(bytes);
+  };
+  for (int64_t const budget : {int64_t{0}, 8 * code_block_bytes(16) + 80 * raw_token_bytes()}) {
+    CacheConfig config = small_config(4, 8);
+    config.budget_bytes = budget;
+    Fixture fixture(&counted, config);
+    SequenceId const sequence = fixture.sequence();
+    CHECK(append(fixture.cache.get(), sequence, 40, &fixture.random, &fixture.report) == COUPLET_OK, "%s",
+          fixture.report.detail);
+    allocations = 0;
+    for (int token = 0; token < 64; ++token)
+      CHECK(append(fixture.cache.get(), sequence, 1, &fixture.random, &fixture.report) == COUPLET_OK, "%s",
+            fixture.report.detail);
+    // 4 pages of 16 tokens, and a window of two blocks that moves on 4 times.
+    CHECK(allocations <= 4 + 1, "%lld allocations", static_cast<long long>(allocations));
+    CacheStatistics const statistics = fixture.cache->statistics();
+    CHECK(budget == 0 || statistics.peak_bytes <= budget, "%lld bytes", static_cast<long long>(statistics.peak_bytes));
+    CHECK(fixture.cache->drop(sequence, &fixture.report) == COUPLET_OK && fixture.cache->memory_bytes() == 0, "%s",
+          "memory left");
+    CHECK(fixture.cache->statistics().bookkeeping_bytes > statistics.bookkeeping_bytes, "spare blocks are not counted");
+    fixture.cache->dispose();
+    CHECK(fixture.cache->statistics().bookkeeping_bytes < statistics.bookkeeping_bytes, "spare blocks were kept");
+  }
+}
+
 // Sequences of one cache, forked from one another, in threads of their own and on streams of their own.
 void threads() {
   Fixture fixture(backend());
@@ -243,6 +274,7 @@ int main() {
   copies();
   not_finite();
   memory_ends();
+  blocks_are_used_again();
   threads();
   return finish();
 }

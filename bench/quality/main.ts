@@ -12,6 +12,8 @@ import { Calibration } from './calibration'
 import { evaluateMethod, fullPrecision } from './evaluate'
 import { LayeredModel } from './layers'
 import { methods, widths } from './methods'
+import { codebookFile } from './methods/codebook'
+import type { Method } from './methods/method'
 import { earlierRows, hash, keyOf, replaceBlock, type ResultRow, saveResults, type Subject, toMarkdown } from './results'
 
 const root = path.join(__dirname, '..', '..')
@@ -28,6 +30,7 @@ interface Flags {
   tokens: number
   length: number
   only: string[]
+  codebooks: string[]
   threads: number
   out: string
   docs?: string
@@ -51,6 +54,7 @@ export function command(): Command {
     .addOption(new Option('--tokens <count>', 'tokens of the text to run').default(8192).argParser(integer(2)))
     .addOption(new Option('--length <tokens>', 'tokens of a chunk, each a sequence of its own').default(512).argParser(integer(2)))
     .addOption(new Option('--only <names>', 'methods whose names contain one of these, separated by commas').default([]).argParser(splitNames))
+    .addOption(new Option('--codebooks <files>', 'codebooks of couplet calibrate or tune, as further methods').default([]).argParser(splitNames))
     .addOption(new Option('--threads <count>').default(1).argParser(integer(1, 256)))
     .addOption(new Option('--out <file>', 'figures; those it has already are not measured again').default(path.join(results, `${today}-quality.json`)))
     .addOption(new Option('--docs <file>', 'document whose tables are to be replaced'))
@@ -81,7 +85,7 @@ async function benchQuality(flags: Flags): Promise<void> {
   const known = flags.fresh ? new Map<string, ResultRow>() : earlierRows(results, flags.out)
   const isNamed = (name: string) => flags.only.length === 0 || flags.only.some((part) => name.includes(part))
   const isWanted = (name: string) => (!flags.quick || quickMethods.includes(name)) && isNamed(name)
-  const wanted = methods.filter(({ name }) => isWanted(name))
+  const wanted: readonly (Method & { identity?: string })[] = [...methods.filter(({ name }) => isWanted(name)), ...flags.codebooks.map(codebookFile)]
   const rows: ResultRow[] = []
   let calibration: Calibration | undefined
   const start = process.cpuUsage()

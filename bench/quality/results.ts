@@ -50,13 +50,14 @@ const harness = ['layers.ts', 'attention.ts', 'calibration.ts', 'evaluate.ts', '
 const sources = new Map<string, Uint8Array>()
 
 /** Equal keys: same code of the method and of what evaluates it, same model, texts, sinks and window. */
-export function keyOf(method: Method, { sinks, window }: Kept, { model, calibration, text, length }: Subject): string {
+export function keyOf(method: Method & { identity?: string }, { sinks, window }: Kept, subject: Subject): string {
+  const { model, calibration, text, length } = subject
   const code = [...harness, `methods/${method.file}`].map((file) => {
     const known = sources.get(file) ?? readFileSync(join(__dirname, file))
     sources.set(file, known) // as it was when this process began, whatever is edited while it runs
     return known
   })
-  return hash(method.name, String(sinks), String(window), model, calibration, text, String(length), ...code)
+  return hash(method.name, ...(method.identity === undefined ? [] : [method.identity]), String(sinks), String(window), model, calibration, text, String(length), ...code)
 }
 
 /** Rows of the newest file of figures in a folder, and of `path` itself. */

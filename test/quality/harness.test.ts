@@ -8,6 +8,7 @@ import { TwoVersionAttention } from '../../bench/quality/attention'
 import { Calibration } from '../../bench/quality/calibration'
 import { compare, evaluateMethod, fullPrecision } from '../../bench/quality/evaluate'
 import { LayeredModel } from '../../bench/quality/layers'
+import { codebookFile } from '../../bench/quality/methods/codebook'
 import { cq } from '../../bench/quality/methods/cq'
 import type { Quantizer } from '../../bench/quality/methods/method'
 import { makeProbes, probeKinds } from '../../bench/quality/probes'
@@ -68,6 +69,13 @@ describe('evaluation of bench/quality', function () {
         assert.ok(Math.abs(figures.perplexity / perplexity - 1) < 1e-4, `${figures.perplexity}, expected ${perplexity} with ${JSON.stringify(kept)}`)
         if (kept.sinks < 256) assert.equal(figures.bits, 0.75)
       }
+      const file = path.join(folder, 'saved.safetensors')
+      codebook.saveSync(file)
+      const saved = codebookFile(file)
+      assert.deepEqual([saved.name, saved.width, saved.identity.length], ['saved', 0.75, 64])
+      const kept = { sinks: 4, window: 32, rotated: false }
+      const [a, b] = [await evaluateMethod(evaluation, full, quantizer, kept), await evaluateMethod(evaluation, full, await saved.fit(calibration), kept)]
+      assert.deepEqual(b, a)
       calibration.dispose()
     })
 

@@ -14,7 +14,7 @@ import { LayeredModel } from './layers'
 import { methods, widths } from './methods'
 import { codebookFile } from './methods/codebook'
 import type { Method } from './methods/method'
-import { earlierRows, hash, keyOf, replaceBlock, type ResultRow, saveResults, type Subject, toMarkdown } from './results'
+import { earlierRows, hash, keyOf, otherRows, replaceBlock, type ResultRow, saveResults, type Subject, toMarkdown } from './results'
 
 const root = path.join(__dirname, '..', '..')
 const results = path.join(root, 'bench', 'results')
@@ -86,7 +86,7 @@ async function benchQuality(flags: Flags): Promise<void> {
   const isNamed = (name: string) => flags.only.length === 0 || flags.only.some((part) => name.includes(part))
   const isWanted = (name: string) => (!flags.quick || quickMethods.includes(name)) && isNamed(name)
   const wanted: readonly (Method & { identity?: string })[] = [...methods.filter(({ name }) => isWanted(name)), ...flags.codebooks.map(codebookFile)]
-  const rows: ResultRow[] = []
+  const rows = otherRows(flags.out, subject, wanted.map(({ name }) => name))
   let calibration: Calibration | undefined
   const start = process.cpuUsage()
   for (const method of wanted) {

@@ -57,7 +57,8 @@ export function keyOf(method: Method & { identity?: string }, { sinks, window }:
     sources.set(file, known) // as it was when this process began, whatever is edited while it runs
     return known
   })
-  return hash(method.name, ...(method.identity === undefined ? [] : [method.identity]), String(sinks), String(window), model, calibration, text, String(length), ...code)
+  const identity = method.identity === undefined ? [] : [method.identity]
+  return hash(method.name, ...identity, String(sinks), String(window), model, calibration, text, String(length), ...code)
 }
 
 /** Rows of the newest file of figures in a folder, and of `path` itself. */
@@ -65,6 +66,14 @@ export function earlierRows(folder: string, path: string): Map<string, ResultRow
   const newest = existsSync(folder) ? readdirSync(folder).filter((name) => name.endsWith('-quality.json')).sort().at(-1) : undefined
   const files = [...(newest === undefined ? [] : [join(folder, newest)]), path].filter((file) => existsSync(file))
   return new Map(files.flatMap((file) => (JSON.parse(readFileSync(file, 'utf8')) as ResultFile).rows).map((row) => [row.key, row]))
+}
+
+/** Rows of a file of figures of the same model and texts, by methods that this run leaves alone. */
+export function otherRows(path: string, subject: Subject, measured: readonly string[]): ResultRow[] {
+  if (!existsSync(path)) return []
+  const file = JSON.parse(readFileSync(path, 'utf8')) as ResultFile
+  const isSame = (['model', 'calibration', 'text', 'length'] as const).every((name) => file.subject[name] === subject[name])
+  return isSame ? file.rows.filter(({ method }) => !measured.includes(method)) : []
 }
 
 /** Whole or not at all: a run that is stopped leaves the rows before. */

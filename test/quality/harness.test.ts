@@ -96,6 +96,8 @@ describe('evaluation of bench/quality', function () {
       assert.equal(output.split('measured before').length - 1, 2)
       assert.deepEqual(rows()[0], first)
       assert.deepEqual(rows().map(({ method }) => method), ['int4-mixed', 'int4-mixed', 'kivi-2b', 'kivi-2b'])
+      run('--only', 'int4')
+      assert.deepEqual(rows().map(({ method }) => method).sort(), ['int4-mixed', 'int4-mixed', 'kivi-2b', 'kivi-2b'])
       assert.match(output, /### 4 bit\n\n\| method/)
     })
   })

@@ -17,7 +17,8 @@ let handleOf: (tables: PreparedTables) => NativeTables
 /**
  * Centroids that a device has in the order it wants: what `encode` and `decode` otherwise do with `tables` in every call.
  * Calls that only enqueue need them, and leave on them, for each stream, the few bytes that they work with; keep them until their streams
- * have got there.
+ * have got there. The first call of a stream for some codes brings the addresses of their pages to the device; the same once more only launches,
+ * and may be captured in a CUDA graph.
  *
  * @example
  * using tables = await PreparedTables.prepare(centroids, { codec: 'cq-8c8b', kvHeads: 8, headDim: 128, device: 'cuda' })

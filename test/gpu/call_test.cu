@@ -135,6 +135,21 @@ void test_enqueue(const CodesCase& c) {
   }
   CHECK(cudaStreamSynchronize(stream) == cudaSuccess, "the stream failed");
   CHECK(first.read() == expected && second.read() == expected, "enqueued: %s", c.shape.text().c_str());
+  // The same once more only launches, so that a graph can hold it.
+  auto const again = c.call<couplet_encode_params>(tables, device_rows.data(), second.data());
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess, "no capture");
+  CHECK(enqueue_codes(tables, again, stream, &report) == COUPLET_OK, "%s", report.detail);
+  CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess, "the capture was spoiled");
+  CHECK(cudaGraphInstantiate(&executable, graph, 0) == cudaSuccess, "no graph");
+  second.write(c.codes);
+  CHECK(cudaGraphLaunch(executable, stream) == cudaSuccess, "the graph was not launched");
+  CHECK(cudaStreamSynchronize(stream) == cudaSuccess, "the stream failed");
+  CHECK(second.read() == expected, "from a graph: %s", c.shape.text().c_str());
+  cudaGraphExecDestroy(executable);
+  cudaGraphDestroy(graph);
+
   DeviceArray<float> decoded(std::vector<float>(c.rows.size(), 77));
   auto const call = c.call<couplet_decode_params>(tables, decoded.data(), first.data());
   CHECK(enqueue_codes(tables, call, stream, &report) == COUPLET_OK, "%s", report.detail);

@@ -116,24 +116,31 @@ __device__ __forceinline__ int token_of(int g, int b, int r) {
   return 16 * (g >> 2 << 1 | (g & 1)) + (g >> 1 & 1) + 2 * r + 4 * b;
 }
 
+// A lane's own rows are its first token alone, 32 KB a block and not 256; the four it is added to are the same for all warps.
 __device__ __forceinline__ void make_key_angles(const Angles& angles, int warp, int g, int t, KeyAngles& keys) {
 #pragma unroll
-  for (int b = 0; b < 2; ++b)
+  for (int s = 0; s < 2; ++s) {
+    __syncwarp();  // keeps the loads of all angles from being under way together, in registers
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      __syncwarp();  // keeps the loads of all 64 angles from being under way together, in 128 registers more
-      const float2* const row = angles.offsets + (warp * page_tokens + token_of(g, b, r)) * pairs;
+    for (int c = 0; c < 4; ++c) {
+      int const pair = 8 * (4 * (s ^ (g & 1)) + t) + 2 * c;
+      auto const two_angles = [&](int offset) {
+        return angles.pairs ? *reinterpret_cast<const float4*>(angles.offsets + offset * pairs + pair)
+                            : float4{1, 0, 1, 0};
+      };
+      float4 const first = two_angles(warp * page_tokens + token_of(g, 0, 0));
 #pragma unroll
-      for (int s = 0; s < 2; ++s)
+      for (int b = 0; b < 2; ++b)
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          int const pair = 8 * (4 * (s ^ (g & 1)) + t) + 2 * c;
-          float2 const first = angles.pairs ? row[pair] : float2{1, 0};
-          float2 const second = angles.pairs ? row[pair + 1] : float2{1, 0};
-          keys.cos[b][r][s][c] = __floats2half2_rn(first.x, second.x);
-          keys.sin[b][r][s][c] = __floats2half2_rn(first.y, second.y);
+        for (int r = 0; r < 2; ++r) {
+          float4 const further = two_angles(token_of(0, b, r));
+          float2 const even = add_angles({first.x, first.y}, {further.x, further.y});
+          float2 const odd = add_angles({first.z, first.w}, {further.z, further.w});
+          keys.cos[b][r][s][c] = __floats2half2_rn(even.x, odd.x);
+          keys.sin[b][r][s][c] = __floats2half2_rn(even.y, odd.y);
         }
     }
+  }
 }
 
 // A thread rotates one pair of one query for all units.
@@ -226,7 +233,7 @@ __device__ __forceinline__ void fold_warps(Shared& shared) {
 }
 
 // ---- tokens in full precision ------------------------------------------------------------------------------------------------
-// A warp takes 8 of each 64 tokens; a lane holds channels lane + 32 k, of which k and k + 2 are a pair. Keys are rotated to
+// A warp takes 4 of each 32 tokens; a lane holds channels lane + 32 k, of which k and k + 2 are a pair. Keys are rotated to
 // the query, which is the plain one.
 template <bool Softcap>
 __device__ __forceinline__ void take_dense(const Step& step, Shared& shared) {
@@ -253,54 +260,52 @@ __device__ __forceinline__ void take_dense(const Step& step, Shared& shared) {
     sums[row] = 0;
     for (int k = 0; k < parts; ++k) weighted[row][k] = 0;
   }
-  for (int first = warp * 8; first < count; first += warps * 8) {
+  for (int first = warp * chunk; first < count; first += warps * chunk) {
     int const index = first + lane;
     int const own = index < below ? segment.seen.below.begin + index : segment.seen.above.begin + index - below;
     DenseToken mine{nullptr, nullptr};
-    if (lane < 8 && index < count) mine = dense_token(sequence, own, segment.kv_head);
-    for (int begin = 0; begin < 8; begin += chunk) {
-      float keys[chunk][parts];
-      float values[chunk][parts];
-      bool there[chunk];
+    if (lane < chunk && index < count) mine = dense_token(sequence, own, segment.kv_head);
+    float keys[chunk][parts];
+    float values[chunk][parts];
+    bool there[chunk];
 #pragma unroll
-      for (int i = 0; i < chunk; ++i) {
-        auto const from = [&](const float* row) {
-          return reinterpret_cast<const float*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(row), begin + i));
-        };
-        const float* const key = from(mine.key);
-        const float* const value = from(mine.value);
-        int const position = __shfl_sync(~0u, own, begin + i);
-        there[i] = key != nullptr;
+    for (int i = 0; i < chunk; ++i) {
+      auto const from = [&](const float* row) {
+        return reinterpret_cast<const float*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(row), i));
+      };
+      const float* const key = from(mine.key);
+      const float* const value = from(mine.value);
+      int const position = __shfl_sync(~0u, own, i);
+      there[i] = key != nullptr;
 #pragma unroll
-        for (int k = 0; k < parts; ++k) {
-          keys[i][k] = there[i] ? key[lane + 32 * k] : 0;
-          values[i][k] = there[i] ? value[lane + 32 * k] : 0;
-        }
-        if (step.angles.pairs && there[i])
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            float2 const angle = add_angles(position_angle(step.angles, position, lane + 32 * k), away[k]);
-            float2 const turned = add_angles({keys[i][k], keys[i][k + 2]}, angle);
-            keys[i][k] = turned.x;
-            keys[i][k + 2] = turned.y;
-          }
+      for (int k = 0; k < parts; ++k) {
+        keys[i][k] = there[i] ? key[lane + 32 * k] : 0;
+        values[i][k] = there[i] ? value[lane + 32 * k] : 0;
       }
+      if (step.angles.pairs && there[i])
 #pragma unroll
-      for (int i = 0; i < chunk; ++i)
-#pragma unroll
-        for (int row = 0; row < rows; ++row) {
-          float product = 0;
-          for (int k = 0; k < parts; ++k) product += shared.plain_queries[row][lane + 32 * k] * keys[i][k];
-          for (int offset = 16; offset > 0; offset /= 2) product += __shfl_xor_sync(~0u, product, offset);
-          float const logit = there[i] ? capped<Softcap>(step, product) : unseen;
-          float const maximum = max(maxima[row], logit);
-          float const factor = gpu::ex2_approx(maxima[row] - maximum);
-          float const power = gpu::ex2_approx(logit - maximum);
-          maxima[row] = maximum;
-          sums[row] = sums[row] * factor + power;
-          for (int k = 0; k < parts; ++k) weighted[row][k] = weighted[row][k] * factor + power * values[i][k];
+        for (int k = 0; k < 2; ++k) {
+          float2 const angle = add_angles(position_angle(step.angles, position, lane + 32 * k), away[k]);
+          float2 const turned = add_angles({keys[i][k], keys[i][k + 2]}, angle);
+          keys[i][k] = turned.x;
+          keys[i][k + 2] = turned.y;
         }
     }
+#pragma unroll
+    for (int i = 0; i < chunk; ++i)
+#pragma unroll
+      for (int row = 0; row < rows; ++row) {
+        float product = 0;
+        for (int k = 0; k < parts; ++k) product += shared.plain_queries[row][lane + 32 * k] * keys[i][k];
+        for (int offset = 16; offset > 0; offset /= 2) product += __shfl_xor_sync(~0u, product, offset);
+        float const logit = there[i] ? capped<Softcap>(step, product) : unseen;
+        float const maximum = max(maxima[row], logit);
+        float const factor = gpu::ex2_approx(maxima[row] - maximum);
+        float const power = gpu::ex2_approx(logit - maximum);
+        maxima[row] = maximum;
+        sums[row] = sums[row] * factor + power;
+        for (int k = 0; k < parts; ++k) weighted[row][k] = weighted[row][k] * factor + power * values[i][k];
+      }
   }
   auto* const out = reinterpret_cast<float*>(shared.codes[warp]);
 #pragma unroll
@@ -625,7 +630,7 @@ __device__ __forceinline__ void run_segments(const Step& step) {
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------------------------
-// 8 warps of 247 registers, one block a multiprocessor: independent chains inside a warp hide what more warps would, and those spill.
+// 8 warps of 249 registers, one block a multiprocessor: independent chains inside a warp hide what more warps would, and those spill.
 template <bool Softcap>
 __global__ void __launch_bounds__(threads, 1) lookup([[maybe_unused]] Step const step) {
   if (gpu::large_shared) run_segments<Softcap>(step);

@@ -305,16 +305,15 @@ void gather_shapes() {
         check_case(gathered(channels, head_dim, heads, {{.before = 700, .sinks = 4, .window = 32}}), 1, "gather");
       }
   // headDims that are rounded up; 8 and 16 heads; some channels, or none, that are rotated.
-  for (int32_t head_dim : {32, 80, 96, 112})
-    for (int32_t channels : {2, 4, 8}) {
-      CaseShape shape = gathered(channels, head_dim, 2, {{.before = 300, .sinks = 4, .window = 32}});
-      check_case(shape, 2, "gather");
-      shape.rotary_dim = 16;
-      shape.group_heads = 8;
-      check_case(shape, 3, "gather");
-    }
-  for (int32_t rotary_dim : {0, 32, 64, 96}) {
-    CaseShape shape = gathered(4, 128, 16, {{.before = 300, .sinks = 4, .window = 32}});
+  for (auto const& [head_dim, channels] : {std::pair{32, 2}, {80, 4}, {80, 8}, {96, 8}, {112, 2}, {112, 4}}) {
+    CaseShape shape = gathered(channels, head_dim, 2, {{.before = 200, .sinks = 4, .window = 32}});
+    check_case(shape, 2, "gather");
+    shape.rotary_dim = 16;
+    shape.group_heads = 8;
+    check_case(shape, 3, "gather");
+  }
+  for (int32_t rotary_dim : {0, 32, 96}) {
+    CaseShape shape = gathered(4, 128, rotary_dim ? 3 : 16, {{.before = 200, .sinks = 4, .window = 32}});
     shape.rotary_kind = rotary_dim ? COUPLET_ROTARY_HALF : 0;
     shape.rotary_dim = rotary_dim;
     check_case(shape, 4, "gather");

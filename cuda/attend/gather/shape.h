@@ -7,13 +7,12 @@
 //   keys     are the B operand, columns = tokens, k = channels. Lane (g, t), with g = lane / 4 and t = lane % 4, looks up groups
 //            4 step + t of both halves of token g of a tile, in the order of the token's class: two bits, 0 = g ^ g >> 2 and 1 = g >> 1, chosen
 //            so that the lanes of one phase of a load never meet in a bank
-//   queries  are the A operand, rows = (bit, bit 0, head); the lower rows have two words in the order of class (0, bit 0), the upper ones
-//            two that change places with them in class (1, bit 0). So a token's logit is the sum of a lower and an upper row
+//   queries  are the A operand. Its 8 lower rows, (bit 0, head), have some words in the order of a class with bit 1 = 0, its 8 upper rows the
+//            words that change places with those where bit 1 is set. So a token's logit is the sum of a lower and an upper row
 //   values   are the A operand, rows = (word, g), k = (token, channel of a word). A unit is 8 lanes' two words, 32 channels; lanes visit
 //            unit u ^ bit 0 of the token
 //   powers   are the B operand, columns = (channel of a word, head), k as above; once for the tokens of either bit 0. They are where the
 //            logits are, or 16 lanes away
-//
 #pragma once
 
 #include "../step.h"

@@ -107,7 +107,7 @@ export function toMarkdown(subject: Subject, rows: readonly ResultRow[], widths:
 const figures = ({ perplexity, divergence, agreement }: ResultRow): string[] =>
   [perplexity < 1000 ? perplexity.toFixed(3) : perplexity.toExponential(1), divergence.toFixed(4), `${(100 * agreement).toFixed(1)} %`]
 
-const kilobytes = (bytes: number): string => bytes === 0 ? '0' : `${Math.ceil(bytes / 1024)} KiB`
+const kilobytes = (bytes: number): string => bytes === 0 ? '0' : `${Math.max(1, Math.round(bytes / 1024))} KiB`
 
 /** Lowest perplexity of all, and of those whose bits keep to the width but for 5 %. */
 function standOuts(width: number, table: readonly Pair[]): string[] {
@@ -118,9 +118,9 @@ function standOuts(width: number, table: readonly Pair[]): string[] {
     `${title}: ${name(lowest(table, of))}; of those within ${(width * 1.05).toFixed(2)} bits, ${name(lowest(within, of))}.`
   return [
     sentence('Lowest perplexity, every token coded', ({ plain }) => plain.perplexity),
-    '', sentence('With sinks and window', ({ kept }) => kept?.perplexity ?? Infinity),
+    '', sentence('Lowest perplexity with sinks and window', ({ kept }) => kept?.perplexity ?? Infinity),
     '', sentence('Least divergence, every token coded', ({ plain }) => plain.divergence),
-    '', sentence('With sinks and window', ({ kept }) => kept?.divergence ?? Infinity),
+    '', sentence('Least divergence with sinks and window', ({ kept }) => kept?.divergence ?? Infinity),
   ]
 }
 

@@ -187,7 +187,7 @@ describe('evaluation of bench/quality', function () {
     const markdown = toMarkdown({ perplexity: 3 } as Subject, rows, [4, 2])
     assert.ok(markdown.indexOf('| a |') < markdown.indexOf('| b |'))
     assert.match(markdown, /every token coded: a \(3\.00 bits\); of those within 2\.10 bits, b \(2\.00 bits\)\./)
-    assert.match(markdown, /With sinks and window: b \(2\.00 bits\); of those within 2\.10 bits, b/)
+    assert.match(markdown, /Lowest perplexity with sinks and window: b \(2\.00 bits\); of those within 2\.10 bits, b/)
     const document = path.join(folder, 'document.md')
     writeFileSync(document, 'before\n<!-- x: written by the benchmark -->\nold\n<!-- end of x -->\nafter\n')
     replaceBlock(document, 'x', 'new')

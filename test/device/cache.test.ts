@@ -29,8 +29,7 @@ function assertClose(received: Float32Array, expected: Float32Array, most = tole
 }
 
 /** What 40 tokens and then one more give in every layer, by way of whatever `place` makes of rows and results. */
-async function outputsOf(cache: Cache, inputs: readonly LayerInput[][], place: Place): Promise<Float32Array[]> {
-  const sequence = cache.sequence()
+async function outputsOf(cache: Cache, inputs: readonly LayerInput[][], place: Place, sequence = cache.sequence()): Promise<Float32Array[]> {
   const results: Float32Array[] = []
   for (const input of inputs) {
     const tokens = input[0]!.keys.length / 64
@@ -101,11 +100,13 @@ describeOn('gpus', 'Cache', (device) => {
       using cpu = new Cache(options)
       using cache = new Cache({ ...options, device })
       assert.deepEqual({ device: cache.device, deviceIndex: cache.deviceIndex }, { device, deviceIndex: 0 })
-      const expected = await outputsOf(cpu, inputs, onHost)
-      const received = await outputsOf(cache, inputs, place)
+      const sequences = [cpu.sequence(), cache.sequence()] as const
+      const expected = await outputsOf(cpu, inputs, onHost, sequences[0])
+      const received = await outputsOf(cache, inputs, place, sequences[1])
       received.forEach((output, index) => { assertClose(output, expected[index]!) })
       const own = { bookkeepingBytes: 0, codebookBytes: 0, bitsPerChannel: 0 } // of each backend
       assert.deepEqual({ ...cache.statistics(), ...own }, { ...cpu.statistics(), ...own })
+      assert.deepEqual(sequences.map(({ length }) => length), [42, 42]) // a sequence that is garbage is in no statistics
     })
 
   it('mixes arrays and memory of the device between inputs and outputs', async () => {

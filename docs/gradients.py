@@ -30,7 +30,9 @@ gradients = {}  # name -> pieces [chunk tokens, kv heads, head dim]
 
 def record(name):
     def keep(gradient):
-        piece = gradient.detach().reshape(gradient.shape[1], -1, head_dim) * options.scale
+        if gradient.dim() == 4 and gradient.shape[1] != chunk.shape[1]:  # a norm after the heads were brought to the front
+            gradient = gradient.transpose(1, 2)
+        piece = gradient.detach().reshape(chunk.shape[1], -1, head_dim) * options.scale
         gradients.setdefault(name, []).append(piece.to(torch.float16).cpu())
 
     def forward(module, inputs, output):
@@ -43,7 +45,7 @@ def record(name):
 
 for i, layer in enumerate(model.model.layers):
     attention = layer.self_attn
-    # Keys as they enter the rotary embedding: after their norm, where there is one (Qwen3: [batch, tokens, heads, head dim]).
+    # Keys as they enter the rotary embedding: after their norm, where there is one.
     (getattr(attention, "k_norm", None) or attention.k_proj).register_forward_hook(record(f"layers.{i}.key"))
     attention.v_proj.register_forward_hook(record(f"layers.{i}.value"))
 

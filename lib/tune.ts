@@ -48,11 +48,11 @@ export interface TuneOptions {
   heldOut?: number
   /** Steps from one judgement to the next. Default 20. */
   checkEvery?: number
-  /** Ends after so many judgements without a better one. Default 4. */
+  /** Ends after so many judgements without a better one; while steps are large, several in a row may be none. Default 7. */
   patience?: number
   /** Of the order of the chunks. Default 0. */
   seed?: number
-  /** File that keeps the state after every judgement; a tuning with the same options goes on from it. It stays when the tuning is done. */
+  /** File that keeps the state after every judgement; a tuning with the same options, but for `patience`, goes on from it. It stays when the tuning is done. */
   checkpoint?: string
   threads?: number
   signal?: AbortSignal
@@ -104,9 +104,8 @@ export async function tune(options: TuneOptions): Promise<Tuned> {
     const heldOut = plan.heldOut ?? Math.min(16, Math.max(1, Math.floor(texts.length / 10)))
     if (heldOut >= texts.length) throw rangeError(`Expected fewer than ${texts.length} chunks, all of the text, for \`heldOut\` but received ${heldOut}`)
     const text = hashTokens(tokens)
-    const settings: TuneSettings = {
-      model: fingerprint, codebook: createHash('sha256').update(codebook.toBuffer()).digest('hex'), text, ...plan, heldOut,
-    }
+    const settings: TuneSettings = { model: fingerprint, codebook: createHash('sha256').update(codebook.toBuffer()).digest('hex'), text, ...plan, heldOut }
+    delete settings['patience'] // whoever resumes may have more of it
     const tuning = new Tuning({ model, codebook, batches: new Batches(reference, texts, heldOut, plan), plan, settings })
     const state = await tuning.run(options)
     return { codebook: tuning.codebook(text, state), steps: state.step, bestStep: state.bestStep, before: state.before, after: state.best }
@@ -118,7 +117,7 @@ export async function tune(options: TuneOptions): Promise<Tuned> {
 type Plan = Required<Pick<TuneOptions, 'length' | 'batch' | 'steps' | 'rate' | 'window' | 'sinks' | 'checkEvery' | 'patience' | 'seed'>> & { heldOut?: number }
 
 function checked(options: TuneOptions): Plan {
-  const { length = 512, batch = 4, steps = 280, rate = 0.02, window = 32, sinks = 4, checkEvery = 20, patience = 4, seed = 0, heldOut } = options
+  const { length = 512, batch = 4, steps = 280, rate = 0.02, window = 32, sinks = 4, checkEvery = 20, patience = 7, seed = 0, heldOut } = options
   requireInteger(length, 'length', 2)
   requireInteger(batch, 'batch', 1)
   requireInteger(steps, 'steps', 1)

@@ -34,7 +34,7 @@ export function tuneCommand(signal: AbortSignal): Command {
     .addOption(new Option('--rate <number>', "first step of a centroid, in units of its group's spread").default(0.02).argParser(positiveNumber))
     .addOption(windowOption())
     .addOption(sinksOption())
-    .addOption(new Option('--patience <count>', 'ends after so many judgements, 20 steps apart, without a better one').default(4).argParser(integer(1)))
+    .addOption(new Option('--patience <count>', 'ends after so many judgements, 20 steps apart, without a better one').default(7).argParser(integer(1)))
     .option('--checkpoint <file>', 'keeps the state, and is removed at the end (default: <out>.checkpoint)')
     .requiredOption('--out <file>', 'codebook to write (safetensors)')
     .addOption(seedOption())

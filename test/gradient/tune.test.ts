@@ -49,7 +49,7 @@ describe('tune', function () {
     await assert.rejects(tune({ ...options, checkpoint, signal: controller.signal, onProgress }), /enough/)
     assert.ok(existsSync(checkpoint))
     const told: number[] = []
-    const resumed = await tune({ ...options, checkpoint, onProgress: ({ done }) => told.push(done) })
+    const resumed = await tune({ ...options, patience: 9, checkpoint, onProgress: ({ done }) => told.push(done) })
     assert.deepEqual(told, [5, 6, 7, 8])
     assert.deepEqual({ ...resumed, codebook: tablesOf(resumed.codebook) }, { ...whole, codebook: tablesOf(whole.codebook) })
 

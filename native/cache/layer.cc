@@ -199,6 +199,7 @@ couplet_status Step::State::Layer::bring_tables() {
   status = step_.stage(table_bytes, &staged, report_);
   if (status != COUPLET_OK) return status;
   for (size_t at = 0; const StepRowState& row : step_.rows) {
+    if (row.pages.empty()) continue;  // memcpy takes no NULL
     std::memcpy(staged + at, row.pages.data(), row.pages.size() * sizeof(uint8_t*));
     at += row.pages.size() * sizeof(uint8_t*);
   }

@@ -151,6 +151,7 @@ class TestRows {
     couplet_report report{};
     CHECK(device.select(&report) == COUPLET_OK, "%s", report.detail);
     memory_ = device.backend->memory.allocate(std::max<size_t>(host_.size(), 1));
+    if (host_.empty()) return;
     CHECK(device.backend->memory.copy(memory_, host_.data(), host_.size(), nullptr, &report) == COUPLET_OK, "%s",
           report.detail);
   }
@@ -159,13 +160,13 @@ class TestRows {
     other.memory_ = nullptr;
   }
   ~TestRows() {
-    if (memory_) device_.backend->memory.release(memory_, host_.size());
+    if (memory_) device_.backend->memory.release(memory_, std::max<size_t>(host_.size(), 1));
   }
 
   void* data() { return memory_ ? memory_ : host_.data(); }
   std::vector<float> read() {
     couplet_report report{};
-    if (memory_)
+    if (memory_ && !host_.empty())
       CHECK(device_.backend->memory.copy(host_.data(), memory_, host_.size(), nullptr, &report) == COUPLET_OK, "%s",
             report.detail);
     return to_floats(host_, format_.dtype);

@@ -36,12 +36,12 @@ void test_budget() {
   CHECK(append(cache.get(), sequence, 1, &random, &report) == COUPLET_OK, "room again: %s", report.detail);
 }
 
-void test_out_of_memory() {
+void test_out_of_memory(const couplet_backend* backend) {
   Random random(8);
-  Tables const tables(fake_backend(), &random);
+  Tables const tables(backend, &random);
   std::shared_ptr<Cache> cache;
   couplet_report report{};
-  CHECK(Cache::create(fake_backend(), small_config(4, 8), tables.codebook, &cache, &report) == COUPLET_OK, "%s",
+  CHECK(Cache::create(backend, small_config(4, 8), tables.codebook, &cache, &report) == COUPLET_OK, "%s",
         report.detail);
   SequenceId sequence = 0;
   CHECK(cache->create_sequence(&sequence, &report) == COUPLET_OK, "%s", report.detail);
@@ -63,14 +63,14 @@ void test_out_of_memory() {
         static_cast<long long>(length));
 }
 
-void test_not_finite() {
+void test_not_finite(const couplet_backend* backend) {
   Random random(9);
-  Tables const tables(fake_backend(), &random);
+  Tables const tables(backend, &random);
   for (int32_t bad_token : {1, 12, 39}) {  // a sink, one that is coded at once, one in the window
     for (bool in_keys : {true, false}) {
       std::shared_ptr<Cache> cache;
       couplet_report report{};
-      CHECK(Cache::create(fake_backend(), small_config(4, 8), tables.codebook, &cache, &report) == COUPLET_OK, "%s",
+      CHECK(Cache::create(backend, small_config(4, 8), tables.codebook, &cache, &report) == COUPLET_OK, "%s",
             report.detail);
       SequenceId sequence = 0;
       CHECK(cache->create_sequence(&sequence, &report) == COUPLET_OK, "%s", report.detail);
@@ -292,16 +292,23 @@ int main() {
     CacheConfig config = small_config(c.sinks, c.window);
     config.page_tokens = c.page_tokens;
     Harness(fake_backend(), config, seed).run(60, 1e-6);
+    RowFormat const there{Place::device, COUPLET_FLOAT32};
+    int stream = 0;
+    Harness(fake_device_backend(), config, seed).run(30, 1e-6);
+    Harness(fake_device_backend(), config, seed, {there, there, &stream}).run(30, 1e-6);
     Harness(find_backend("cpu", nullptr), config, seed).run(60, 1e-5);
     ++seed;
   }
   test_budget();
-  test_out_of_memory();
-  test_not_finite();
+  test_out_of_memory(fake_backend());
+  test_out_of_memory(fake_device_backend());
+  test_not_finite(fake_backend());
+  test_not_finite(fake_device_backend());
   test_states();
   test_encodes_once();
   test_fork_shares();
   test_threads(fake_backend());
+  test_threads(fake_device_backend());
   test_threads(find_backend("cpu", nullptr));
   test_abort_while_running();
   CHECK(allocated_bytes == 0, "%lld bytes were never released", static_cast<long long>(allocated_bytes));

@@ -277,4 +277,28 @@ inline const couplet_backend* fake_backend() {
   return &fake;
 }
 
+// A call that leaves what it has to report in its workspace, as those of a GPU do.
+template <auto run, class Params>
+couplet_status fake_enqueued(const Params* params, void* workspace, void* stream, couplet_report*) {
+  couplet_report found{};
+  run(params, workspace, stream, &found);
+  std::memcpy(workspace, &found, sizeof found);
+  return COUPLET_OK;
+}
+
+// The same in memory that the cache takes for a device's: everything is uploaded, enqueued and downloaded.
+inline const couplet_backend* fake_device_backend() {
+  static couplet_backend const fake = [] {
+    couplet_backend backend = *fake_backend();
+    backend.name = "fake device";
+    backend.memory.is_host = 0;
+    backend.encode.workspace = [](const couplet_encode_params*) { return sizeof(couplet_report); };
+    backend.encode.run = fake_enqueued<fake_encode, couplet_encode_params>;
+    backend.store.workspace = [](const couplet_store_params*) { return sizeof(couplet_report); };
+    backend.store.run = fake_enqueued<fake_store, couplet_store_params>;
+    return backend;
+  }();
+  return &fake;
+}
+
 }  // namespace couplet::test

@@ -68,17 +68,6 @@ __device__ __forceinline__ Row load_row(const void* at) {
   return {{row.x, row.y, row.z, row.w}};
 }
 
-__device__ __forceinline__ __half2 half2_of(uint32_t bits) {
-  __half2 value;
-  memcpy(static_cast<void*>(&value), &bits, sizeof bits);
-  return value;
-}
-__device__ __forceinline__ uint32_t bits_of(__half2 value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 // A code of a word of four, times the 128 bytes from one code's rows to the next; `byte` may be 0.
 __device__ __forceinline__ unsigned row_offset(uint32_t codes, int byte) {
   return (byte ? codes >> (8 * byte - 7) : codes << 7) & 0x7f80;
@@ -192,15 +181,6 @@ __device__ __forceinline__ void write_query(Shared& shared, int buffer) {
   }
 }
 
-// softcap * tanh(logit / softcap), both in powers of two; tanh(x) = 1 - 2 / (e^2x + 1) costs fewer registers than tanhf.
-template <bool Softcap>
-__device__ __forceinline__ float capped(const Step& step, float logit) {
-  constexpr float log2_e = 1.4426950408889634f;
-  if constexpr (!Softcap) return logit;
-  float const cap = step.params.softcap;
-  return cap * log2_e * (1 - 2 * gpu::rcp_approx(gpu::ex2_approx(2 * logit * gpu::rcp_approx(cap)) + 1));
-}
-
 // Adds what the warps left in shared.codes and shared.sums to the segment's total. Comes with a barrier before and behind.
 __device__ __forceinline__ void fold_warps(Shared& shared) {
   constexpr int elements = rows * head_dim / threads;
@@ -298,7 +278,7 @@ __device__ __forceinline__ void take_dense(const Step& step, Shared& shared) {
         float product = 0;
         for (int k = 0; k < parts; ++k) product += shared.plain_queries[row][lane + 32 * k] * keys[i][k];
         for (int offset = 16; offset > 0; offset /= 2) product += __shfl_xor_sync(~0u, product, offset);
-        float const logit = there[i] ? capped<Softcap>(step, product) : unseen;
+        float const logit = !there[i] ? unseen : Softcap ? capped(step, product) : product;
         float const maximum = max(maxima[row], logit);
         float const factor = gpu::ex2_approx(maxima[row] - maximum);
         float const power = gpu::ex2_approx(logit - maximum);
@@ -553,7 +533,7 @@ __device__ __forceinline__ void take_codes(const Step& step, Shared& shared) {
 #pragma unroll
       for (auto& tile : logits)
 #pragma unroll
-        for (float& logit : tile) logit = capped<true>(step, logit);
+        for (float& logit : tile) logit = capped(step, logit);
     int const page_begin = unit * unit_tokens + warp * page_tokens;
     Interval const codes = shared.segment.seen.codes;
     if (page_begin < codes.begin || page_begin + page_tokens > codes.end) {
@@ -640,10 +620,7 @@ __global__ void __launch_bounds__(threads, 1) lookup([[maybe_unused]] Step const
 
 // ---- launcher ----------------------------------------------------------------------------------------------------------------
 bool has_lookup() {
-  int device = 0;
-  int shared_bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  int const shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return static_cast<size_t>(shared_bytes) >= sizeof(Shared) && gpu::has_large_shared_body(lookup<false>);
 }
 

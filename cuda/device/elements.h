@@ -33,4 +33,16 @@ __device__ __forceinline__ void store_element(void* rows, int32_t dtype, int64_t
     store_element(static_cast<__nv_bfloat16*>(rows) + at, value);
 }
 
+// Two float16 and the register that holds them.
+__device__ __forceinline__ __half2 half2_of(uint32_t bits) {
+  __half2 value;
+  memcpy(static_cast<void*>(&value), &bits, sizeof bits);
+  return value;
+}
+__device__ __forceinline__ uint32_t bits_of(__half2 value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 }  // namespace couplet::cuda

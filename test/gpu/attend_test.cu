@@ -396,37 +396,9 @@ void prefill_shapes() {
 
 void random_shapes() {
   Random random(7);
-  auto const pick = [&](auto... values) {
-    std::common_type_t<decltype(values)...> const all[] = {values...};
-    return all[random.below(static_cast<int64_t>(sizeof...(values)))];
-  };
   for (int i = 0; i < 24; ++i) {
-    CaseShape shape{.kv_heads = pick(1, 2, 3),
-                    .group_heads = pick(1, 2, 4, 5),
-                    .head_dim = 32 + 8 * static_cast<int32_t>(random.below(i % 8 ? 10 : 29)),
-                    .page_tokens = pick(8, 24, 64, 128),
-                    .tables = pick(Tables::theta, Tables::scaled, Tables::crooked),
-                    .local_window = pick(0, 0, 1, 50, 128),
-                    .softcap = pick(0.0f, 0.0f, 5.0f, 50.0f),
-                    .head_sinks = pick(false, true),
-                    .query_scale = pick(0.1, 1.0, 3.0),
-                    .sequences = {}};
-    auto const codec = [&] {
-      int32_t const channels = pick(1, 2, 4, 8);
-      return couplet_codec{channels, 1 + static_cast<int32_t>(random.below(12))};
-    };
-    shape.key_codec = codec();
-    shape.value_codec = codec();
-    shape.rotary_kind = pick(0, 1, 2);
-    if (shape.rotary_kind) shape.rotary_dim = 2 + 2 * static_cast<int32_t>(random.below(shape.head_dim / 2));
-    for (int64_t n = 1 + random.below(3); n > 0; --n)
-      shape.sequences.push_back({.before = pick(0, 1, 7, 64, 130, 300),
-                                 .queries = pick(0, 1, 1, 1, 2, 5, 20),
-                                 .sinks = pick(0, 4, 70),
-                                 .window = pick(0, 1, 32, 128),
-                                 .coded_prefill = pick(false, true),
-                                 .uncoded = random.below(6) == 0});
-    check_case(shape, 1000 + static_cast<uint64_t>(i), "general");
+    int32_t const head_dim = 32 + 8 * static_cast<int32_t>(random.below(i % 8 ? 10 : 29));
+    check_case(random_shape(random, head_dim, 300, 20), 1000 + static_cast<uint64_t>(i), "general");
   }
 }
 

@@ -153,13 +153,6 @@ __device__ __forceinline__ void write_operands(Shared<S>& shared, int unit) {
   }
 }
 
-// softcap * tanh(logit / softcap), both in powers of two; tanh(x) = 1 - 2 / (e^2x + 1) costs fewer registers than tanhf.
-__device__ __forceinline__ float capped(const Step& step, float logit) {
-  constexpr float log2_e = 1.4426950408889634f;
-  float const cap = step.params.softcap;
-  return cap * log2_e * (1 - 2 * gpu::rcp_approx(gpu::ex2_approx(2 * logit * gpu::rcp_approx(cap)) + 1));
-}
-
 // ---- sums of all warps -----------------------------------------------------------------------------------------------------------
 // Adds what the warps have to the segment's total. shared.sums is theirs before; leave(result) writes a warp's weighted sums.
 template <class S, class Leave>

@@ -34,17 +34,6 @@ __device__ __forceinline__ Words32<Words> load_row(const void* dynamic, uint32_t
   return row;
 }
 
-__device__ __forceinline__ __half2 half2_of(uint32_t bits) {
-  __half2 value;
-  memcpy(static_cast<void*>(&value), &bits, sizeof bits);
-  return value;
-}
-__device__ __forceinline__ uint32_t bits_of(__half2 value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 // The address of a code's row: its column's, with the code of a word of four as byte 1.
 __device__ __forceinline__ uint32_t row_at(uint32_t codes, int code, uint32_t column) {
   return __byte_perm(codes, column, 0x7604 | code << 4);

@@ -27,10 +27,7 @@ auto with_body(int head_dim, int quads, Visit visit) {
 template <int Channels>
 bool has_body(int head_dim, int quads) {
   return with_body<Channels>(head_dim, quads, [](auto kernel, auto shape) {
-    int device = 0;
-    int available = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    int const available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     return static_cast<size_t>(available) >= sizeof(Shared<decltype(shape)>) && gpu::has_dynamic_shared_begin() &&
            gpu::has_large_shared_body(kernel);
   });

@@ -1,8 +1,11 @@
 import { Command } from 'commander'
 import { type BackendState, capabilities } from '../capabilities'
+import { addon } from '../native/addon'
 import { openOnnxruntime } from '../onnx/library'
+import { reasonAgainstCuda } from '../onnx/provider'
 
-type Found = { available: true; version: string; library: string } | { available: false; reason: string }
+type State = { available: true } | { available: false; reason: string }
+type Found = { available: true; version: string; library: string; cuda: State } | { available: false; reason: string }
 
 export function doctorCommand(): Command {
   return new Command('doctor')
@@ -22,6 +25,7 @@ export function doctorCommand(): Command {
       }
       const { onnxruntime } = found
       row('onnxruntime', onnxruntime.available ? `${onnxruntime.version} (${onnxruntime.library})` : `not available: ${onnxruntime.reason}`)
+      if (onnxruntime.available) row('', `CUDA execution provider: ${onnxruntime.cuda.available ? 'available' : `not available: ${onnxruntime.cuda.reason}`}`)
     })
 }
 
@@ -47,7 +51,18 @@ function gibibytes(bytes: number): string {
 function findOnnxruntime(): Found {
   try {
     const { version, library } = openOnnxruntime()
-    return { available: true, version, library }
+    return { available: true, version, library, cuda: cudaOf(library) }
+  } catch (error) {
+    return { available: false, reason: (error as Error).message }
+  }
+}
+
+function cudaOf(library: string): State {
+  const reason = reasonAgainstCuda(library)
+  if (reason !== undefined) return { available: false, reason }
+  try {
+    addon().checkCudaProvider({ library, deviceIndex: 0 })
+    return { available: true }
   } catch (error) {
     return { available: false, reason: (error as Error).message }
   }

@@ -15,6 +15,18 @@ export interface NativeFeed {
   data: BigInt64Array | Float32Array
 }
 
+export interface NativeSessionArguments {
+  library: string
+  /** ModelProto */
+  model: Uint8Array
+  /** Where the model's external data lies; '' where it has none. */
+  folder: string
+  threads: number
+  /** Whether nodes run on the CUDA execution provider, and on which device. */
+  cuda?: boolean | undefined
+  deviceIndex?: number | undefined
+}
+
 export interface NativeRunArguments {
   session: NativeSession
   /** Absent for a graph without couplet.Attention. */
@@ -59,8 +71,12 @@ export interface NativeCaptureArguments {
 export interface OnnxruntimeAddon {
   /** Napi::Value open_onnxruntime(const Napi::CallbackInfo& info): the library's version */
   openOnnxruntime(options: { library: string }): string
+  /** Napi::Value list_providers(const Napi::CallbackInfo& info): execution providers that the build knows */
+  listProviders(options: { library: string }): string[]
+  /** Napi::Value check_cuda_provider(const Napi::CallbackInfo& info): throws what createSession would for `cuda` */
+  checkCudaProvider(options: { library: string; deviceIndex: number }): void
   /** Napi::Value create_session(const Napi::CallbackInfo& info) */
-  createSession(options: { library: string; model: Uint8Array; folder: string; threads: number }): Promise<NativeSession>
+  createSession(options: NativeSessionArguments): Promise<NativeSession>
   /** Napi::Value run_session(const Napi::CallbackInfo& info) */
   runSession(options: NativeRunArguments): Promise<NativeOutput[]>
   /** Napi::Value interrupt_session(const Napi::CallbackInfo& info): ends the runs that were given `cancel` at their next node */

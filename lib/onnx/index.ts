@@ -4,6 +4,8 @@
  */
 export type { CaptureOptions, Sample } from './capture'
 export { Capture } from './capture'
-export type { DecoderModelOptions, ModelRow, ModelRunOptions, ModelRunResult, ModelShape, ModelTensor, OutputArray } from './model'
+export type {
+  DecoderModelOptions, ExecutionProvider, ModelRow, ModelRunOptions, ModelRunResult, ModelShape, ModelTensor, OutputArray, ProviderName,
+} from './model'
 export { modelShape } from './decoder'
 export { DecoderModel } from './model'

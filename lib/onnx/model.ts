@@ -17,13 +17,15 @@ import { feedsOf } from './feeds'
 import { openOnnxruntime } from './library'
 import { cutLogits, firstLogitInput } from './logits'
 import { encodeModel } from './proto'
+import type { ExecutionProvider, ProviderName } from './provider'
+import { createOnProvider, reasonAgainstCuda, requireProvider } from './provider'
 import type { AttentionLayer } from './rewrite'
 
-export type { ModelShape }
+export type { ExecutionProvider, ModelShape, ProviderName }
 
 /**
- * `device` is where keys, values and codes are kept and attention is computed; the rest of the graph runs on the CPU in any case, and each
- * layer's queries, keys, values and outputs go from one to the other.
+ * `device` is where keys, values and codes are kept and attention is computed; each layer's queries, keys, values and outputs go from and to the
+ * host's memory. `executionProvider` is where onnxruntime runs the rest of the graph.
  */
 export interface DecoderModelOptions extends DeviceOptions {
   /** Codes keys and values; without it the cache keeps them in full precision. */
@@ -38,6 +40,8 @@ export interface DecoderModelOptions extends DeviceOptions {
   threads?: number
   /** The module onnxruntime-node, or the path of its folder, when it has to be that copy. */
   onnxruntime?: unknown
+  /** What runs the nodes around attention; default 'auto': CUDA where attention runs there and the installed onnxruntime-node has it. */
+  executionProvider?: ProviderName | undefined
 }
 
 export interface ModelRow {
@@ -72,7 +76,7 @@ export interface ModelRunResult {
   outputs: Record<string, ModelTensor>
 }
 
-type ModelParts = Pick<DecoderModel, 'file' | 'shape' | 'fingerprint' | 'cache' | 'inputNames' | 'vocabulary'> & {
+type ModelParts = Pick<DecoderModel, 'file' | 'shape' | 'fingerprint' | 'cache' | 'executionProvider' | 'inputNames' | 'vocabulary'> & {
   inputs: GraphInputs
   outputNames: readonly string[]
 }
@@ -88,6 +92,8 @@ export class DecoderModel {
   /** "sha256:..." over the graph and all its weights. */
   readonly fingerprint: string
   readonly cache: Cache
+  /** What runs the nodes around attention, and why that. */
+  readonly executionProvider: ExecutionProvider
   /** Inputs for tokens that the rewritten graph has; `run` makes all of them. */
   readonly inputNames: readonly string[]
   /** Tokens the model knows, as far as the graph says. */
@@ -104,6 +110,7 @@ export class DecoderModel {
     this.shape = parts.shape
     this.fingerprint = parts.fingerprint
     this.cache = parts.cache
+    this.executionProvider = parts.executionProvider
     this.inputNames = parts.inputNames
     this.vocabulary = parts.vocabulary
   }
@@ -111,27 +118,33 @@ export class DecoderModel {
   /**
    * @param path an .onnx file, or a folder that has onnx/model.onnx or model.onnx.
    * @throws {CoupletError} `ERR_COUPLET_UNSUPPORTED_MODEL` for a graph whose attention cannot be replaced, with the reason;
-   *   `ERR_COUPLET_ONNXRUNTIME` when onnxruntime-node is missing, unsuitable or refuses the graph;
+   *   `ERR_COUPLET_ONNXRUNTIME` when onnxruntime-node is missing, unsuitable or refuses the graph, or the execution provider is not there;
    *   `ERR_COUPLET_CODEBOOK_MISMATCH` for the codebook of another model; `ERR_COUPLET_BACKEND_UNAVAILABLE` when the device is not there.
    */
   static async load(path: string, options: DecoderModelOptions = {}): Promise<DecoderModel> {
     if (typeof path !== 'string') throwExpected('a path', 'path', path)
     requireObject(options, 'options')
-    const { codebook, threads = 0 } = options
+    const { codebook, threads = 0, executionProvider: wish = 'auto' } = options
     requireInteger(threads, 'threads', 0, 256)
+    requireProvider(wish)
     if (codebook !== undefined && !(codebook instanceof Codebook)) throwExpected('a Codebook', 'codebook', codebook)
     const { library } = openOnnxruntime(options.onnxruntime)
+    const { device, deviceIndex } = addon().findDevice({ device: options.device, deviceIndex: options.deviceIndex })
     const { graph, folder, layers, measuredPasts, shape, fingerprint: digest, ...ports } = await openDecoder(path)
     const names = cutLogits(graph) ? [...ports.inputNames, firstLogitInput] : ports.inputNames
 
-    const [session, fingerprint] = await Promise.all([
-      addon().createSession({ library, model: encodeModel(graph), folder, threads: threads === 0 ? availableParallelism() : threads }),
+    const model = encodeModel(graph)
+    const settings = { library, model, folder, threads: threads === 0 ? availableParallelism() : threads, deviceIndex: device === 'cuda' ? deviceIndex : 0 }
+    const [{ session, provider }, fingerprint] = await Promise.all([
+      createOnProvider({ wish, device, reasonAgainstCuda: () => reasonAgainstCuda(library) }, (name) =>
+        addon().createSession({ ...settings, cuda: name === 'cuda' })),
       digest(),
     ])
     try {
       codebook?.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
       const cache = createCache(shape, layers, options)
-      return new DecoderModel(session, { shape, fingerprint, cache, inputs: { names, measuredPasts, kvHeads: shape.kvHeads }, ...ports })
+      const inputs = { names, measuredPasts, kvHeads: shape.kvHeads }
+      return new DecoderModel(session, { shape, fingerprint, cache, executionProvider: provider, inputs, ...ports })
     } catch (error) {
       addon().disposeSession(session)
       throw error

@@ -5,6 +5,7 @@ import { Codebook } from '../codebook'
 import type { DeviceOptions } from '../device'
 import { throwExpected } from '../errors'
 import { DecoderModel } from '../onnx/model'
+import type { ProviderName } from '../onnx/provider'
 import { unsupported, unsupportedModel } from './errors'
 import { locateModel } from './locate'
 import { Residents, type ReuseCounts } from './residents'
@@ -13,7 +14,8 @@ import { findStack } from './stack'
 import type { GenerateOptions, ModelSession, OnnxruntimeModule, PretrainedModel, TransformersModule } from './types'
 
 /**
- * Options of `attach`. `device` is where codebooks and the cache live and attention is computed; onnxruntime runs the rest on the CPU.
+ * Options of `attach`. `device` is where codebooks and the cache live and attention is computed; `executionProvider` is where onnxruntime runs the
+ * rest.
  */
 export interface AttachOptions extends DeviceOptions {
   /**
@@ -46,6 +48,8 @@ export interface AttachOptions extends DeviceOptions {
   transformers?: TransformersModule
   /** The module 'onnxruntime-node' under it, when couplet resolves to another copy. */
   onnxruntime?: OnnxruntimeModule
+  /** What runs the nodes around attention; default 'auto': CUDA where attention runs there and the installed onnxruntime-node has it. */
+  executionProvider?: ProviderName
 }
 
 /** What an attached model did so far. */
@@ -147,7 +151,7 @@ interface AttachmentParts {
  *   onnxruntime-node is missing or unsuitable.
  */
 export async function attach(model: PretrainedModel, options: AttachOptions = {}): Promise<Attachment> {
-  const { codebooks, window, sinks, memory, threads, path, signal, device, deviceIndex } = options
+  const { codebooks, window, sinks, memory, threads, path, signal, device, deviceIndex, executionProvider } = options
   const { chunk = 1024, sequences = 16, original: fate = 'keep' } = options
   requireInteger(sequences, 'sequences', 0)
   requireInteger(chunk, 'chunk', 1)
@@ -166,6 +170,7 @@ export async function attach(model: PretrainedModel, options: AttachOptions = {}
     ...(threads !== undefined && { threads }),
     device,
     deviceIndex,
+    executionProvider,
   })
   try {
     compareShapes(decoder, original, file)

@@ -44,12 +44,18 @@ const Library& open_library(const Options& options) {
 
 // ---- sessions ----
 
+void read_provider(const Options& options, Session::Options* settings) {
+  settings->cuda = options.boolean_or("cuda", false);
+  settings->cuda_device = options.has("deviceIndex") ? options.integer("deviceIndex", 0) : 0;
+}
+
 class CreateSessionWorker : public Worker {
  public:
   explicit CreateSessionWorker(const Options& options)
       : Worker(options.env()), library_(open_library(options)), model_(options.array<uint8_t>("model", 1)) {
     settings_.folder = options.string_or("folder", "");
     settings_.threads = options.integer("threads", 1, kMostThreads);
+    read_provider(options, &settings_);
     pin(model_);
   }
 
@@ -232,6 +238,25 @@ Napi::Value open_onnxruntime(const Napi::CallbackInfo& info) {
   return Napi::String::New(info.Env(), open_library(Options(info[0])).version);
 }
 
+Napi::Value list_providers(const Napi::CallbackInfo& info) {
+  Napi::Env const env = info.Env();
+  std::vector<std::string> names;
+  couplet_report report{};
+  throw_unless_ok(env, open_library(Options(info[0])).list_providers(&names, &report), report);
+  Napi::Array const list = Napi::Array::New(env);
+  for (const std::string& name : names) list.Set(list.Length(), name);
+  return list;
+}
+
+Napi::Value check_cuda_provider(const Napi::CallbackInfo& info) {
+  Options const options(info[0]);
+  Session::Options settings;
+  read_provider(options, &settings);
+  couplet_report report{};
+  throw_unless_ok(info.Env(), Session::check_cuda(open_library(options), settings, &report), report);
+  return info.Env().Undefined();
+}
+
 Napi::Value create_session(const Napi::CallbackInfo& info) {
   return run_async(info.Env(), std::make_unique<CreateSessionWorker>(Options(info[0])));
 }
@@ -256,6 +281,8 @@ Napi::Value dispose_session(const Napi::CallbackInfo& info) {
 
 void export_onnxruntime(Napi::Env env, Napi::Object exports) {
   exports.Set("openOnnxruntime", Napi::Function::New(env, open_onnxruntime, "openOnnxruntime"));
+  exports.Set("listProviders", Napi::Function::New(env, list_providers, "listProviders"));
+  exports.Set("checkCudaProvider", Napi::Function::New(env, check_cuda_provider, "checkCudaProvider"));
   exports.Set("createSession", Napi::Function::New(env, create_session, "createSession"));
   exports.Set("runSession", Napi::Function::New(env, run_session, "runSession"));
   exports.Set("interruptSession", Napi::Function::New(env, interrupt_session, "interruptSession"));

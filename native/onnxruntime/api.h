@@ -17,6 +17,7 @@ struct Value;
 struct MemoryInfo;
 struct TensorInfo;  // OrtTensorTypeAndShapeInfo
 struct OperatorDomain;
+struct CudaOptions;  // OrtCUDAProviderOptionsV2
 struct KernelInfo;
 struct KernelContext;
 struct CustomOperator;
@@ -107,8 +108,18 @@ struct Api {
   void (*release_tensor_info)(TensorInfo*);          // 99
   void (*release_session_options)(SessionOptions*);  // 100
   void (*release_operator_domain)(OperatorDomain*);  // 101
-  Function skipped_102[28];
+  Function skipped_102[23];
+  Status* (*get_available_providers)(char*** names, int* count);    // 125
+  Status* (*release_available_providers)(char** names, int count);  // 126
+  Function skipped_127[3];
   Status* (*add_session_config)(SessionOptions* options, const char* key, const char* value);  // 130
+  Function skipped_131[73];
+  Status* (*append_cuda_provider)(SessionOptions* options, const CudaOptions* cuda);  // 204
+  Status* (*create_cuda_options)(CudaOptions** out);                                  // 205
+  Status* (*update_cuda_options)(CudaOptions* options, const char* const* keys, const char* const* values,
+                                 size_t count);  // 206
+  Function skipped_207[1];
+  void (*release_cuda_options)(CudaOptions*);  // 208
 };
 
 #define COUPLET_AT(function, position)                                                   \
@@ -135,7 +146,10 @@ COUPLET_AT(kernel_context_input, 90);
 COUPLET_AT(release_status, 93);
 COUPLET_AT(release_tensor_info, 99);
 COUPLET_AT(release_operator_domain, 101);
+COUPLET_AT(get_available_providers, 125);
 COUPLET_AT(add_session_config, 130);
+COUPLET_AT(append_cuda_provider, 204);
+COUPLET_AT(release_cuda_options, 208);
 #undef COUPLET_AT
 
 struct ApiBase {  // what the library's only export, OrtGetApiBase, returns

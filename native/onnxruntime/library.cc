@@ -61,6 +61,15 @@ couplet_status Library::open(const std::string& path, const Library** out, coupl
   return COUPLET_OK;
 }
 
+couplet_status Library::list_providers(std::vector<std::string>* names, couplet_report* report) const {
+  char** listed = nullptr;
+  int count = 0;
+  couplet_status const status = check(api->get_available_providers(&listed, &count), report);
+  if (status != COUPLET_OK) return status;
+  names->assign(listed, listed + count);
+  return check(api->release_available_providers(listed, count), report);
+}
+
 couplet_status Library::check(Status* status, couplet_report* report) const {
   if (!status) return COUPLET_OK;
   fail(report, COUPLET_ONNXRUNTIME, {.native_code = static_cast<int32_t>(api->get_error_code(status))}, "%s",

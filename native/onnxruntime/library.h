@@ -3,6 +3,7 @@
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../abi/status.h"
 #include "api.h"
@@ -18,6 +19,9 @@ struct Library {
 
   // COUPLET_ONNXRUNTIME with the reason when the file cannot be opened or is not an onnxruntime that couplet can use.
   static couplet_status open(const std::string& path, const Library** out, couplet_report* report);
+
+  // Execution providers that this build knows, as it names them; what one needs may still be missing here.
+  couplet_status list_providers(std::vector<std::string>* names, couplet_report* report) const;
 
   // COUPLET_OK for NULL; else COUPLET_ONNXRUNTIME with the library's own message. Releases the status.
   couplet_status check(Status* status, couplet_report* report) const;
@@ -50,6 +54,7 @@ using OwnedValue = Owned<Value, &Api::release_value>;
 using OwnedTensorInfo = Owned<TensorInfo, &Api::release_tensor_info>;
 using OwnedSession = Owned<OrtSession, &Api::release_session>;
 using OwnedSessionOptions = Owned<SessionOptions, &Api::release_session_options>;
+using OwnedCudaOptions = Owned<CudaOptions, &Api::release_cuda_options>;
 using OwnedRunOptions = Owned<RunOptions, &Api::release_run_options>;
 using OwnedOperatorDomain = Owned<OperatorDomain, &Api::release_operator_domain>;
 

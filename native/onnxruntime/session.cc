@@ -35,6 +35,18 @@ float widen(
   return std::bit_cast<float>(sign | (infinite ? magnitude | 0x7f800000u : std::bit_cast<uint32_t>(scaled)));
 }
 
+couplet_status append_cuda(const Library& library, int32_t device, SessionOptions* settings, couplet_report* report) {
+  const Api& api = *library.api;
+  OwnedCudaOptions options(library);
+  couplet_status status = library.check(api.create_cuda_options(options.out()), report);
+  if (status != COUPLET_OK) return status;
+  const char* const key = "device_id";
+  std::string const index = std::to_string(device);
+  const char* const value = index.c_str();
+  status = library.check(api.update_cuda_options(options.get(), &key, &value, 1), report);
+  return status == COUPLET_OK ? library.check(api.append_cuda_provider(settings, options.get()), report) : status;
+}
+
 }  // namespace
 
 Session::Session(const Library& library)
@@ -62,6 +74,8 @@ couplet_status Session::create(const Library& library, std::span<const uint8_t> 
   if (!options.folder.empty())
     set(api.add_session_config(settings.get(), "session.model_external_initializers_file_folder_path",
                                options.folder.c_str()));
+  if (options.cuda && status == COUPLET_OK) status = append_cuda(library, options.cuda_device, settings.get(), report);
+  if (status != COUPLET_OK) return status;
   set(api.create_operator_domain("couplet", session->domain_.out()));
   if (status != COUPLET_OK) return status;
   set(api.operator_domain_add(session->domain_.get(), &session->operator_));
@@ -70,6 +84,12 @@ couplet_status Session::create(const Library& library, std::span<const uint8_t> 
   set(api.create_session_from_array(library.env, model.data(), model.size(), settings.get(), session->session_.out()));
   if (status == COUPLET_OK) *out = std::move(session);
   return status;
+}
+
+couplet_status Session::check_cuda(const Library& library, const Options& options, couplet_report* report) {
+  OwnedSessionOptions settings(library);
+  couplet_status const status = library.check(library.api->create_session_options(settings.out()), report);
+  return status == COUPLET_OK ? append_cuda(library, options.cuda_device, settings.get(), report) : status;
 }
 
 couplet_status Session::run(std::span<const Feed> feeds, std::span<const std::string> wanted, Run* run,

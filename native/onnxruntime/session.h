@@ -38,10 +38,15 @@ class Session {
   struct Options {
     std::string folder;   // where the model's external data lies; empty: it has none
     int32_t threads = 1;  // of the library's own operators
+    bool cuda =
+        false;  // nodes that the CUDA execution provider knows run there, the others and couplet.Attention on the CPU
+    int32_t cuda_device = 0;
   };
   // model: an encoded ModelProto, not used after the call.
   static couplet_status create(const Library& library, std::span<const uint8_t> model, const Options& options,
                                std::shared_ptr<Session>* out, couplet_report* report);
+  // What create() would say about `options.cuda` alone: COUPLET_ONNXRUNTIME with the library's reason where it cannot be had.
+  static couplet_status check_cuda(const Library& library, const Options& options, couplet_report* report);
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 

@@ -101,6 +101,7 @@ describe('the couplet command', function () {
     assert.ok(backends.cpu.available && backends.cpu.devices.length === 1)
     assert.equal('reason' in backends.cuda, !backends.cuda.available)
     assert.match(out, /^onnxruntime +1\.\d+\.\d+ /m)
+    assert.match(out, /^ +CUDA execution provider: (available|not available: .+)$/m)
   })
 
   for (const [title, args] of [

@@ -17,7 +17,7 @@ if (!existsSync(codebooks)) {
   console.log('learning codebooks at 1 bit per channel ...')
   const text = ['eslint', 'cmake-js', 'fast-check'].map((name) => readFileSync(join(root, 'node_modules', name, 'README.md'), 'utf8')).join('\n')
   const settings = { codec: 'cq-8c8b', weights: 'attention', points: 4096, iterations: 20 }
-  const book = await calibrate({ ...settings, model: join(env.localModelPath, id), text: text.slice(0, 32768) })
+  const { codebook: book } = await calibrate({ ...settings, model: join(env.localModelPath, id), text: text.slice(0, 32768) })
   mkdirSync(join(root, 'build'), { recursive: true })
   await book.save(codebooks)
 }

@@ -1,5 +1,5 @@
 import { requireCallOptions, requireObject } from './arguments'
-import { tokenIds } from './calibrate'
+import { tokenIds } from './calibrate/text'
 import { chunks, countChunks } from './chunks'
 import { Codebook } from './codebook'
 import { rangeError, throwExpected } from './errors'

@@ -1,5 +1,5 @@
 import { requireInteger, requireObject, requireText } from './arguments'
-import { requireModel } from './calibrate'
+import { requireModel } from './calibrate/capture'
 import { rangeError, throwExpected } from './errors'
 import { requireSignal } from './native/call'
 import type { DecoderModel } from './onnx/model'

@@ -3,7 +3,10 @@ export type {
   Prefill, RotaryOption, StepRow,
 } from './cache'
 export { Cache, Sequence, Step } from './cache'
-export type { CalibrateOptions, CalibrationProgress, Captured, CaptureActivationsOptions, LearnOptions, WeightKind } from './calibrate'
+export type {
+  Activations, Calibrated, CalibrateOptions, CalibrationProgress, Captured, CaptureActivationsOptions, LearnOptions, SideActivations, TextInput, Texts,
+  WeightKind,
+} from './calibrate'
 export { calibrate, captureActivations, learnCodebook } from './calibrate'
 export type { BackendState, Capabilities, DeviceInfo, SilentDevice } from './capabilities'
 export { capabilities } from './capabilities'

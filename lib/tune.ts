@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto'
 
 import { requireCallOptions, requireInteger, requireObject } from './arguments'
-import { hashTokens, tokenIds } from './calibrate'
+import { hashTokens, tokenIds } from './calibrate/text'
 import { chunks } from './chunks'
 import { Codebook } from './codebook'
 import { rangeError, throwExpected } from './errors'

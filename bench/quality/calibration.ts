@@ -1,5 +1,5 @@
 /** Keys, values and weights of a calibration text, in the layout that methods read. */
-import { type Captured, captureActivations } from '../../lib/calibrate'
+import { type Captured, captureActivations, type SideActivations } from '../../lib/calibrate'
 import { DecoderModel } from '../../lib/onnx/model'
 import type { TwoVersionAttention } from './attention'
 import type { LayeredModel, Rows } from './layers'
@@ -26,9 +26,10 @@ export class Calibration {
   /**
    * @param captured with attention weights
    * @param withFisher the same tokens, with fisher weights
+   * @param sides what `withFisher` has, by layer
    */
-  private constructor(readonly captured: Captured, readonly withFisher: Captured, readonly threads: number, private readonly model: LayeredModel,
-    private readonly attention: TwoVersionAttention, private readonly length: number) {
+  private constructor(readonly captured: Captured, readonly withFisher: Captured, private readonly sides: Record<Place['side'], SideActivations[]>,
+    readonly threads: number, private readonly model: LayeredModel, private readonly attention: TwoVersionAttention, private readonly length: number) {
     const { layers, kvHeads, headDim } = captured.model.shape
     this.shape = { layers, kvHeads, headDim }
   }
@@ -36,14 +37,18 @@ export class Calibration {
   /** Runs a text in chunks of `length` tokens, each a sequence of its own, and keeps all of it. */
   static async of(directory: string, tokens: ArrayLike<number>, { model, attention, length, threads }: CalibrationOptions): Promise<Calibration> {
     const whole = await DecoderModel.load(directory, { threads })
-    const options = { text: tokens, length, points: tokens.length, threads }
+    const options = { text: tokens, length, points: tokens.length, heldOut: 0, threads }
     const captured = await captureActivations(whole, { ...options, weights: 'attention' })
     const withFisher = await captureActivations(whole, { ...options, weights: 'fisher' })
-    return new Calibration(captured, withFisher, threads, model, attention, length)
+    const sides: Record<Place['side'], SideActivations[]> = { key: [], value: [] }
+    for (let layer = 0; layer < whole.shape.layers; layer++) {
+      for (const side of ['key', 'value'] as const) sides[side].push(await withFisher.sample.side(layer, side))
+    }
+    return new Calibration(captured, withFisher, sides, threads, model, attention, length)
   }
 
   get tokens(): number {
-    return this.captured.capture.tokensKept
+    return this.captured.sample.tokensKept
   }
 
   /** All tokens of one layer and side; keys before rotary embedding, or `rotated` at their place in their chunk. Not to be written. */
@@ -56,8 +61,7 @@ export class Calibration {
 
   /** Squared gradients of the loss, in the layout of {@link rows}. */
   fisher({ layer, side }: Place): Rows {
-    const { capture } = this.withFisher
-    return this.#headsFirst(layer, (side === 'key' ? capture.keyWeights : capture.valueWeights)!)
+    return this.#headsFirst(this.sides[side][layer]!.weights!)
   }
 
   dispose(): void {
@@ -67,18 +71,18 @@ export class Calibration {
   }
 
   #collect(layer: number, side: 'key' | 'value', rotated: boolean): Rows {
-    const rows = this.#headsFirst(layer, side === 'key' ? this.captured.capture.keys : this.captured.capture.values)
+    const rows = this.#headsFirst(this.sides[side][layer]!.rows)
     return rotated ? this.#rotate(layer, rows) : rows
   }
 
-  /** One layer of [tokens][layers][kvHeads][headDim]. */
-  #headsFirst(layer: number, all: Float32Array): Rows {
-    const { layers, kvHeads, headDim } = this.shape
+  /** From [tokens][kvHeads][headDim]. */
+  #headsFirst(all: Float32Array): Rows {
+    const { kvHeads, headDim } = this.shape
     const { tokens } = this
     const data = new Float32Array(kvHeads * tokens * headDim)
     for (let token = 0; token < tokens; token++) {
       for (let head = 0; head < kvHeads; head++) {
-        const from = ((token * layers + layer) * kvHeads + head) * headDim
+        const from = (token * kvHeads + head) * headDim
         data.set(all.subarray(from, from + headDim), (head * tokens + token) * headDim)
       }
     }

@@ -2,7 +2,7 @@
 import { existsSync, readFileSync } from 'node:fs'
 import path from 'node:path'
 import { Command, Option } from 'commander'
-import { tokenIds } from '../../lib/calibrate'
+import { tokenIds } from '../../lib/calibrate/text'
 import { chunks } from '../../lib/chunks'
 import { integer } from '../../lib/cli/options'
 import { crossEntropy } from '../../lib/evaluate'

@@ -115,7 +115,7 @@ async function benchRecall(flags: Flags): Promise<void> {
   const full = await DecoderModel.load(directory, { threads })
   const measured: Measured[] = [{ name: 'full precision', sinks: 0, window: Infinity, recalls: await recallOf(full, encode, flags, probeKinds) }]
   print(measured[0]!)
-  using captured = await captureActivations(full, { text: encode(readFileSync(flags.calibration, 'utf8')), weights: 'attention', threads })
+  using captured = await captureActivations(full, { text: encode(readFileSync(flags.calibration, 'utf8')), weights: 'attention', heldOut: 0, threads })
   for (const codec of flags.codec) {
     using codebook = await learnCodebook(captured, { codec, iterations: 30, threads })
     for (const kept of [{ sinks: 0, window: 0 }, { sinks: 4, window: 32 }]) {

@@ -43,11 +43,11 @@ export function calibrateCommand(signal: AbortSignal): Command {
       try {
         const text = await readFile(flags.text, 'utf8')
         await access(dirname(resolve(flags.out)), constants.W_OK) // said before hours of learning, not after
-        const codebook = await calibrate({
+        const { codebook } = await calibrate({
           ...flags,
           text,
           signal,
-          onProgress: ({ phase, done, total }) => { progress.update(phase === 'capture' ? 'running the text' : 'learning centroids', done, total) },
+          onProgress: ({ phase, done, total }) => { progress.update(phase === 'capture' ? 'running the text' : 'learning centroids', done, total ?? 0) },
         })
         progress.stop()
         await codebook.save(flags.out)

@@ -14,7 +14,7 @@ import { prose, temporaryFolder, tinyLlama } from '../onnx/files'
 const tokens = prose(0, 700)
 const length = 256
 const [layers, kvHeads, headDim] = [4, 2, 64]
-const width = layers * kvHeads * headDim
+const width = kvHeads * headDim
 
 /** Gradients of the text, for each layer [tokens][kvHeads][headDim], chunk after chunk. */
 async function gradientsOf(text: number[]): Promise<Record<'key' | 'value', Float32Array[]>> {
@@ -56,20 +56,19 @@ describe('fisher weights', function () {
   const hash = createHash('sha256').update(Uint32Array.from(tokens)).digest('hex')
 
   it('are squared gradients of each channel, for the tokens that Capture keeps', async () => {
-    using fisher = await captureActivations(model, { text: tokens, length, weights: 'fisher', points: 300, seed: 5 })
-    using uniform = await captureActivations(model, { text: tokens, length, points: 300, seed: 5 })
-    assert.deepEqual([fisher.tokens, fisher.capture.tokensKept, fisher.text], [700, 300, uniform.text])
-    for (let i = 0; i < 300 * width; i++) {
-      assert.ok(Math.abs(fisher.capture.keys[i]! - uniform.capture.keys[i]!) < 1e-3)
-      assert.ok(Math.abs(fisher.capture.values[i]! - uniform.capture.values[i]!) < 1e-3)
-    }
-    using whole = await captureActivations(model, { text: tokens, length, weights: 'fisher' })
-    for (const [side, weights] of [['key', whole.capture.keyWeights!], ['value', whole.capture.valueWeights!]] as const) {
-      assert.equal(weights.length, 700 * width)
-      for (let i = 0; i < weights.length; i++) {
-        const [token, layer, channel] = [Math.floor(i / width), Math.floor(i / kvHeads / headDim) % layers, i % (kvHeads * headDim)]
-        const expected = gradients[side][layer]![token * kvHeads * headDim + channel]! ** 2
-        assert.ok(Math.abs(weights[i]! - expected) <= 1e-5 * expected + 1e-12)
+    using fisher = await captureActivations(model, { text: tokens, length, weights: 'fisher', points: 300, seed: 5, heldOut: 0 })
+    using uniform = await captureActivations(model, { text: tokens, length, points: 300, seed: 5, heldOut: 0 })
+    assert.deepEqual([fisher.tokens, fisher.sample.tokensKept, fisher.heldOut, fisher.text], [700, 300, undefined, uniform.text])
+    using whole = await captureActivations(model, { text: tokens, length, weights: 'fisher', heldOut: 0 })
+    for (let layer = 0; layer < layers; layer++) {
+      for (const side of ['key', 'value'] as const) {
+        const [a, b] = [await fisher.sample.side(layer, side), await uniform.sample.side(layer, side)]
+        assert.deepEqual([a.rows.length, b.rows.length, b.weights], [300 * width, 300 * width, undefined])
+        assert.ok(a.rows.every((x, i) => Math.abs(x - b.rows[i]!) < 1e-3))
+        const weights = (await whole.sample.side(layer, side)).weights!
+        assert.equal(weights.length, 700 * width)
+        const expected = gradients[side][layer]!
+        assert.ok(weights.every((weight, i) => Math.abs(weight - expected[i]! ** 2) <= 1e-5 * expected[i]! ** 2 + 1e-12))
       }
     }
   })
@@ -77,11 +76,11 @@ describe('fisher weights', function () {
   it('are the same from a file, and the codebook too', async () => {
     const codec = { key: 'cq-8c4b', value: 'cq-4c4b' }
     const options = { model: tinyLlama, text: tokens, length, codec, weights: 'fisher', iterations: 5, threads: 1 } as const
-    const own = await calibrate(options)
+    const { codebook: own } = await calibrate(options)
     assert.equal(own.metadata.learned?.weights, 'fisher')
     const path = save('own.safetensors', { metadata: { text: hash, length: String(length) } })
-    const read = await calibrate({ ...options, gradients: path })
-    const uniform = await calibrate({ ...options, weights: 'uniform' })
+    const { codebook: read } = await calibrate({ ...options, gradients: path })
+    const { codebook: uniform } = await calibrate({ ...options, weights: 'uniform' })
     const distance = (a: Float32Array, b: Float32Array) => Math.hypot(...a.map((x, i) => x - b[i]!)) / Math.hypot(...a)
     for (let layer = 0; layer < layers; layer++) {
       for (const table of ['keyTable', 'valueTable'] as const) {
@@ -93,7 +92,7 @@ describe('fisher weights', function () {
 
   it('reads float16 and files that do not name their text', async () => {
     using captured = await captureActivations(model, { text: tokens, length, weights: 'fisher', gradients: save('half.safetensors', { dtype: 'F16' }) })
-    const weights = captured.capture.keyWeights!
+    const weights = (await captured.sample.side(0, 'key')).weights!
     const first = gradients.key[0]!
     for (let i = 0; i < kvHeads * headDim; i++) assert.ok(Math.abs(weights[i]! - first[i]! ** 2) <= 2e-3 * first[i]! ** 2 + 1e-9)
   })
@@ -130,7 +129,7 @@ describe('fisher weights', function () {
   it('learns the same codebook again', async () => {
     const learn = async () => {
       using captured = await captureActivations(model, { text: tokens.slice(0, 200), weights: 'fisher', threads: 1 })
-      return learnCodebook(captured, { codec: 'cq-8c2b', iterations: 3 })
+      return await learnCodebook(captured, { codec: 'cq-8c2b', iterations: 3 })
     }
     const [first, second] = [await learn(), await learn()]
     assert.deepEqual(first.keyTable(2), second.keyTable(2))

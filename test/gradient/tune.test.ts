@@ -18,7 +18,7 @@ describe('tune', function () {
   let options: TuneOptions
   before(async () => {
     const learned = { text: text.slice(0, 1024), length: 128, codec: 'cq-8c3b', iterations: 5 }
-    codebook = await calibrate({ model: tinyLlama, ...learned, weights: 'attention', threads: 1 })
+    codebook = (await calibrate({ model: tinyLlama, ...learned, heldOut: 0, weights: 'attention', threads: 1 })).codebook
     options = { model: tinyLlama, codebook, text, length: 64, batch: 4, steps: 8, checkEvery: 4, heldOut: 4, window: 0, sinks: 0, rate: 0.05, threads: 1 }
   })
   after(() => { codebook.dispose() })

@@ -45,7 +45,7 @@ describe('perplexity agrees with an independent reference', function () {
     if (!codec.startsWith('cq-') || name.split(':').length !== 2) continue
     it(`${name}, within 2 %`, async () => {
       const kind = weights as WeightKind
-      const captured = captures.get(kind) ?? await captureActivations(model, { text: calibration, directory, weights: kind })
+      const captured = captures.get(kind) ?? await captureActivations(model, { text: calibration, directory, weights: kind, heldOut: 0 })
       captures.set(kind, captured)
       using codebook = await learnCodebook(captured, { codec, iterations: 30 })
       within((await evaluate({ model: directory, text, codebook, window: 0, sinks: 0 })).perplexity, figure.perplexity, 0.02)

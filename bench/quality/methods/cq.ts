@@ -4,7 +4,7 @@
  * Weights: `uniform`, `attention` or `fisher`, the paper's choice
  * (docs/algorithm.md).
  */
-import { learnCodebook, type WeightKind } from '../../../lib/calibrate'
+import { type Activations, learnCodebook, type WeightKind } from '../../../lib/calibrate'
 import { codec as parseCodec } from '../../../lib/codec'
 import type { Method, Quantizer } from './method'
 import { toCentroids } from './product'
@@ -14,9 +14,9 @@ export function cq(name: string, weights: WeightKind): Method {
   return {
     name: `${codec.name}:${weights}`, width: codec.bitsPerChannel, file: 'cq.ts', rotated: false,
     fit: async ({ captured, withFisher, threads }): Promise<Quantizer> => {
-      const { keys, values, tokensKept } = captured.capture
-      const unweighted = { keys, values, tokensKept, keyWeights: undefined, valueWeights: undefined, dispose: () => undefined }
-      const sources = { uniform: { ...captured, capture: unweighted, weights }, attention: captured, fisher: withFisher }
+      const { sample } = captured
+      const unweighted: Activations = { tokensKept: sample.tokensKept, side: async (...place) => ({ ...await sample.side(...place), weights: undefined }) }
+      const sources = { uniform: { ...captured, sample: unweighted, weights }, attention: captured, fisher: withFisher }
       using codebook = await learnCodebook(sources[weights], { codec, iterations: 30, threads })
       const tables = Array.from({ length: codebook.layers }, (_, layer) => ({ key: codebook.keyTable(layer), value: codebook.valueTable(layer) }))
       return {

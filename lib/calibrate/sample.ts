@@ -39,7 +39,7 @@ export interface SideActivations {
 export interface Activations {
   readonly tokensKept: number
   /** Not to be written: it may be the sample's own memory. */
-  side(layer: number, side: Side): Promise<SideActivations>
+  side(layer: number, side: 'key' | 'value'): Promise<SideActivations>
 }
 
 /** Which array of a sample. */

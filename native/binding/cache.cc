@@ -104,29 +104,48 @@ struct CodebookHandle {
   int64_t host_bytes() const { return codebook->device().is_host() ? static_cast<int64_t>(codebook->bytes()) : 0; }
 };
 
+Codebook::Shape read_shape(const Options& options) {
+  Codebook::Shape shape = {.layers = options.integer("layers", 1),
+                           .kv_heads = options.integer("kvHeads", 1),
+                           .head_dim = options.integer("headDim", COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM),
+                           .codecs = {}};
+  Napi::Array const layers = options.list("codecs");
+  for (uint32_t layer = 0; layer < layers.Length(); ++layer) {
+    std::vector<HeadCodecs>& codecs = shape.codecs.emplace_back();
+    if (!layers.Get(layer).IsArray()) throw_expected(options.env(), "an array", "codecs", layers.Get(layer));
+    Napi::Array const parts = layers.Get(layer).As<Napi::Array>();
+    for (uint32_t index = 0; index < parts.Length(); ++index) {
+      Options const part(parts.Get(index), "codecs");
+      codecs.push_back(
+          {part.integer("heads", 1), read_codec(part.object("keyCodec")), read_codec(part.object("valueCodec"))});
+    }
+  }
+  return shape;
+}
+
 std::vector<const float*> read_tables(const Options& options, const char* name, const Codebook::Shape& shape,
-                                      couplet_codec codec) {
+                                      couplet_codec HeadCodecs::*side) {
   Napi::Array const list = options.list(name);
-  size_t const elements = product({shape.kv_heads, shape.head_dim, couplet_codec_centroids(codec)});
   std::vector<const float*> tables;
-  for (uint32_t layer = 0; layer < list.Length(); ++layer)
+  for (uint32_t layer = 0; layer < list.Length(); ++layer) {
+    size_t elements = 0;
+    if (layer < shape.codecs.size())
+      for (const HeadCodecs& part : shape.codecs[layer])
+        elements += product({part.heads, shape.head_dim, couplet_codec_centroids(part.*side)});
     tables.push_back(read_array<float>(list.Get(layer), name, elements).data);
+  }
   return tables;
 }
 
 Napi::Value create_codebook(const Napi::CallbackInfo& info) {
   Options const options(info[0]);
-  Codebook::Shape const shape = {.layers = options.integer("layers", 1),
-                                 .kv_heads = options.integer("kvHeads", 1),
-                                 .head_dim = options.integer("headDim", COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM),
-                                 .key_codec = read_codec(options.object("keyCodec")),
-                                 .value_codec = read_codec(options.object("valueCodec"))};
+  Codebook::Shape const shape = read_shape(options);
   std::shared_ptr<const Codebook> codebook;
   couplet_report report{};
   throw_unless_ok(
       info.Env(),
-      Codebook::create(read_device(options), shape, read_tables(options, "keyTables", shape, shape.key_codec),
-                       read_tables(options, "valueTables", shape, shape.value_codec), &codebook, &report),
+      Codebook::create(read_device(options), shape, read_tables(options, "keyTables", shape, &HeadCodecs::key),
+                       read_tables(options, "valueTables", shape, &HeadCodecs::value), &codebook, &report),
       report);
   return make_handle(info.Env(), std::make_unique<CodebookHandle>(info.Env(), std::move(codebook)));
 }

@@ -155,7 +155,7 @@ couplet_status Cache::begin(std::span<const StepRow> rows, Prefill prefill, std:
   step_state->prefill = state.config.window < 0 ? Prefill::exact : prefill;
   step_state->public_rows.assign(rows.begin(), rows.end());
   step_state->layer_done.resize(static_cast<size_t>(state.config.layers));
-  step_state->unread.reserve(static_cast<size_t>(state.config.layers));
+  step_state->unread.reserve(static_cast<size_t>(state.config.layers) * static_cast<size_t>(ReportSlot::count));
   step_state->plan = state.plan_layers(planned);
   state.open_steps.insert(step_state.get());
   // Nothing below can fail.

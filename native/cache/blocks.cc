@@ -64,16 +64,19 @@ void BlockPool::count(BlockKind kind, int64_t bytes, int64_t blocks) {
   blocks_.fetch_add(blocks, std::memory_order_relaxed);
 }
 
-CodeLayout code_layout(int32_t layers, int32_t kv_heads, int32_t head_dim, int32_t page_tokens, couplet_codec key_codec,
-                       couplet_codec value_codec) {
+CodeLayout code_layout(const Codebook::Shape& shape, int32_t page_tokens) {
   CodeLayout layout;
-  layout.key_page_stride = couplet_page_bytes(key_codec, head_dim, page_tokens);
-  layout.value_page_stride = couplet_page_bytes(value_codec, head_dim, page_tokens);
-  for (int32_t layer = 0; layer < layers; ++layer) {
-    layout.key_offsets.push_back(layout.block_bytes);
-    layout.block_bytes += kv_heads * layout.key_page_stride;
-    layout.value_offsets.push_back(layout.block_bytes);
-    layout.block_bytes += kv_heads * layout.value_page_stride;
+  for (const std::vector<HeadCodecs>& codecs : shape.codecs) {
+    CodeLayout::Layer& layer = layout.layers.emplace_back();
+    layer.begin = layout.block_bytes;
+    for (const HeadCodecs& part : codecs) {
+      int64_t const key_stride = couplet_page_bytes(part.key, shape.head_dim, page_tokens);
+      int64_t const value_stride = couplet_page_bytes(part.value, shape.head_dim, page_tokens);
+      int64_t const value_offset = layout.block_bytes + part.heads * key_stride;
+      layer.parts.push_back({layout.block_bytes, key_stride, value_offset, value_stride});
+      layout.block_bytes = value_offset + part.heads * value_stride;
+    }
+    layer.end = layout.block_bytes;
   }
   return layout;
 }

@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "../abi/backend.h"
+#include "cache.h"
 
 namespace couplet {
 
@@ -83,16 +83,22 @@ class BlockPool {
   std::atomic<int64_t> page_bytes_{0}, raw_bytes_{0}, peak_bytes_{0}, blocks_{0};
 };
 
-// Where each layer and side lies inside a block of codes. Computed once; attend and encode get these numbers.
+// Where each layer, part and side lies inside a block of codes. Computed once; attend and encode get these numbers.
 struct CodeLayout {
+  struct Part {  // bytes
+    int64_t key_offset = 0;
+    int64_t key_page_stride = 0;  // from one kv head's page to the next
+    int64_t value_offset = 0;
+    int64_t value_page_stride = 0;
+  };
+  struct Layer {
+    int64_t begin = 0, end = 0;  // bytes
+    std::vector<Part> parts;     // as those of the codebook
+  };
   int64_t block_bytes = 0;
-  int64_t key_page_stride = 0;  // bytes from one kv head's page to the next
-  int64_t value_page_stride = 0;
-  std::vector<int64_t> key_offsets;  // [layers], bytes
-  std::vector<int64_t> value_offsets;
+  std::vector<Layer> layers;
 };
-CodeLayout code_layout(int32_t layers, int32_t kv_heads, int32_t head_dim, int32_t page_tokens, couplet_codec key_codec,
-                       couplet_codec value_codec);
+CodeLayout code_layout(const Codebook::Shape& shape, int32_t page_tokens);
 
 // A raw block is float32 [layers][key, value][kv_heads][tokens of the block][head_dim]; keys are as before rotary.
 struct RawLayout {

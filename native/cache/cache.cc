@@ -76,8 +76,9 @@ couplet_status Cache::create(Device device, const CacheConfig& config, std::shar
   cache->state_ = std::make_unique<State>(device, config);
   State& state = *cache->state_;
   if (codebook) {
-    state.code_layout = code_layout(config.layers, config.kv_heads, config.head_dim, config.page_tokens,
-                                    codebook->shape().key_codec, codebook->shape().value_codec);
+    state.code_layout = code_layout(codebook->shape(), config.page_tokens);
+    for (int32_t layer = 0; layer < config.layers; ++layer)
+      state.most_parts = std::max(state.most_parts, codebook->layer(layer).size());
   }
   state.raw_layout = {.layers = config.layers, .kv_heads = config.kv_heads, .head_dim = config.head_dim};
   state.codes = {.kind = BlockKind::codes, .block_tokens = config.page_tokens};

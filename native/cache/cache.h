@@ -19,9 +19,17 @@ namespace couplet {
 
 enum class Prefill { exact, coded };  // how the new tokens of a step meet each other; `exact` is what generation uses
 
-struct LayerTables {  // tables of one layer, owned by a Codebook
-  couplet_table* key = nullptr;
-  couplet_table* value = nullptr;
+// Neighbouring kv heads of a layer that share a pair of codecs.
+struct HeadCodecs {
+  int32_t heads = 0;
+  couplet_codec key{}, value{};
+
+  bool operator==(const HeadCodecs& other) const {
+    auto const alike = [](couplet_codec one, couplet_codec another) {
+      return one.group_channels == another.group_channels && one.code_bits == another.code_bits;
+    };
+    return heads == other.heads && alike(key, other.key) && alike(value, other.value);
+  }
 };
 
 // The tables of a whole model on one device. Shared by caches, immutable.
@@ -29,9 +37,21 @@ class Codebook {
  public:
   struct Shape {
     int32_t layers = 0, kv_heads = 0, head_dim = 0;
-    couplet_codec key_codec{}, value_codec{};
+    std::vector<std::vector<HeadCodecs>> codecs;  // [layers], from head 0 on; the heads of a layer add up to kv_heads
+    static Shape uniform(int32_t layers, int32_t kv_heads, int32_t head_dim, couplet_codec key, couplet_codec value) {
+      return {layers, kv_heads, head_dim,
+              std::vector(static_cast<size_t>(layers), std::vector{HeadCodecs{kv_heads, key, value}})};
+    }
   };
-  // key_tables, value_tables: for each layer float32 [kv_heads][groups][2^code_bits][group_channels]; copied.
+  // What backends see of a layer: heads with tables, pages and calls of their own.
+  struct Part {
+    int32_t first_head = 0;
+    HeadCodecs codecs;
+    couplet_table* key = nullptr;
+    couplet_table* value = nullptr;
+  };
+  // key_tables, value_tables: for each layer, its parts one after another, float32 [heads][groups][2^code_bits][group_channels];
+  // copied.
   static couplet_status create(Device device, const Shape& shape, std::span<const float* const> key_tables,
                                std::span<const float* const> value_tables, std::shared_ptr<const Codebook>* out,
                                couplet_report* report);
@@ -40,14 +60,14 @@ class Codebook {
   Codebook& operator=(const Codebook&) = delete;
   Device device() const { return device_; }
   const Shape& shape() const { return shape_; }
-  const LayerTables& layer(int32_t index) const { return layers_[static_cast<size_t>(index)]; }
+  std::span<const Part> layer(int32_t index) const { return layers_[static_cast<size_t>(index)]; }
   size_t bytes() const { return bytes_; }
 
  private:
   Codebook() = default;
   Device device_;
   Shape shape_;
-  std::vector<LayerTables> layers_;
+  std::vector<std::vector<Part>> layers_;
   size_t bytes_ = 0;
 };
 

@@ -16,11 +16,28 @@ couplet_status check_shape(const Codebook::Shape& shape, size_t key_tables, size
                 "headDim %d",
                 COUPLET_MIN_HEAD_DIM, COUPLET_MAX_HEAD_DIM, shape.layers, shape.kv_heads, shape.head_dim);
   }
-  for (couplet_codec codec : {shape.key_codec, shape.value_codec}) {
-    if (couplet_codec_valid(codec, shape.head_dim)) continue;
-    return fail(report, COUPLET_INVALID_ARGUMENT, {},
-                "Expected a codec of 1 to %d code bits whose group channels divide headDim %d but received cq-%dc%db",
-                COUPLET_MAX_CODE_BITS, shape.head_dim, codec.group_channels, codec.code_bits);
+  if (shape.codecs.size() != static_cast<size_t>(shape.layers)) {
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected codecs of %d layers but received those of %zu",
+                shape.layers, shape.codecs.size());
+  }
+  for (int32_t layer = 0; layer < shape.layers; ++layer) {
+    int64_t heads = 0;
+    bool has_empty = false;
+    for (const HeadCodecs& part : shape.codecs[static_cast<size_t>(layer)]) {
+      for (couplet_codec codec : {part.key, part.value}) {
+        if (couplet_codec_valid(codec, shape.head_dim)) continue;
+        return fail(
+            report, COUPLET_INVALID_ARGUMENT, {.layer = layer},
+            "Expected a codec of 1 to %d code bits whose group channels divide headDim %d but received cq-%dc%db",
+            COUPLET_MAX_CODE_BITS, shape.head_dim, codec.group_channels, codec.code_bits);
+      }
+      heads += part.heads;
+      has_empty = has_empty || part.heads < 1;
+    }
+    if (heads == shape.kv_heads && !has_empty) continue;
+    return fail(report, COUPLET_INVALID_ARGUMENT, {.layer = layer},
+                "Expected parts of at least one head, of %d together, in layer %d but received %lld%s", shape.kv_heads,
+                layer, static_cast<long long>(heads), has_empty ? " with an empty part" : "");
   }
   if (key_tables != static_cast<size_t>(shape.layers) || value_tables != static_cast<size_t>(shape.layers)) {
     return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %d key and %d value tables but received %zu and %zu",
@@ -42,20 +59,25 @@ couplet_status Codebook::create(Device device, const Shape& shape, std::span<con
   codebook->shape_ = shape;
   codebook->layers_.resize(static_cast<size_t>(shape.layers));
   for (int32_t layer = 0; layer < shape.layers; ++layer) {
-    LayerTables& tables = codebook->layers_[static_cast<size_t>(layer)];
-    for (bool is_key : {true, false}) {
-      couplet_table_params const params = {
-          .centroids = (is_key ? key_tables : value_tables)[static_cast<size_t>(layer)],
-          .kv_heads = shape.kv_heads,
-          .head_dim = shape.head_dim,
-          .codec = is_key ? shape.key_codec : shape.value_codec};
-      couplet_table** const table = is_key ? &tables.key : &tables.value;
-      status = device.backend->table.create(&params, table, report);
-      if (status != COUPLET_OK) {
-        if (report) report->layer = layer;
-        return status;
+    auto const index = static_cast<size_t>(layer);
+    const float* centroids[] = {key_tables[index], value_tables[index]};
+    int32_t first_head = 0;
+    for (const HeadCodecs& codecs : shape.codecs[index]) {
+      Part& part = codebook->layers_[index].emplace_back(Part{first_head, codecs});
+      for (int const side : {0, 1}) {
+        couplet_codec const codec = side == 0 ? codecs.key : codecs.value;
+        couplet_table_params const params = {
+            .centroids = centroids[side], .kv_heads = codecs.heads, .head_dim = shape.head_dim, .codec = codec};
+        couplet_table** const table = side == 0 ? &part.key : &part.value;
+        status = device.backend->table.create(&params, table, report);
+        if (status != COUPLET_OK) {
+          if (report) report->layer = layer;
+          return status;
+        }
+        codebook->bytes_ += device.backend->table.bytes(*table);
+        centroids[side] += int64_t{codecs.heads} * shape.head_dim * couplet_codec_centroids(codec);
       }
-      codebook->bytes_ += device.backend->table.bytes(*table);
+      first_head += codecs.heads;
     }
   }
   *out = std::move(codebook);
@@ -65,9 +87,11 @@ couplet_status Codebook::create(Device device, const Shape& shape, std::span<con
 }
 
 Codebook::~Codebook() {
-  for (const LayerTables& tables : layers_) {
-    device_.backend->table.destroy(tables.key);
-    device_.backend->table.destroy(tables.value);
+  for (const std::vector<Part>& layer : layers_) {
+    for (const Part& part : layer) {
+      device_.backend->table.destroy(part.key);
+      device_.backend->table.destroy(part.value);
+    }
   }
 }
 

@@ -71,7 +71,10 @@ class Step::State::Layer {
         is_host_(owner_.device.is_host()),
         uploads_(!is_host_ && options.inputs.place == Place::host),
         downloads_(!is_host_ && options.outputs.place == Place::host),
-        placed_(data.begin(), data.end()) {}
+        placed_(data.begin(), data.end()) {
+    if (step->codebook) parts_ = step->codebook->layer(layer);
+    part_arrays_.resize(std::max<size_t>(1, parts_.size()));
+  }
 
   couplet_status run();
 
@@ -94,8 +97,9 @@ class Step::State::Layer {
   void gather_attended();
   couplet_status store(const couplet_store_run* runs, size_t count, int32_t dtype, ReportSlot slot);
   template <class Entries, class Params>
-  couplet_status call(const Entries& entries, const Params& params, ReportSlot slot);
-  couplet_attend_params attend_params() const;
+  couplet_status call(const Entries& entries, const Params& params, ReportSlot slot, size_t part = 0);
+  couplet_status encode(size_t part, int side, bool is_held);
+  couplet_attend_params attend_params(size_t part) const;
 
   bool cancelled() const { return options_.cancel && *options_.cancel; }
   couplet_status upload(void* to, const void* from, size_t bytes) const {
@@ -129,9 +133,8 @@ class Step::State::Layer {
   std::vector<StepData> placed_;  // `data_` as the device reaches it, keys and values in float32
   size_t uploaded_bytes_ = 0;     // of memory.rows, from its start
   float* gathered_[2] = {};       // keys and values of tokens that leave the window, from several blocks
-  uint32_t slots_ = 0;            // of the reports that are under way
 
-  // On the host; what launches are given lies in memory.arrays.
+  // On the host, of all heads; what launches are given lies in memory.arrays, there for each part from its first head on.
   std::vector<couplet_store_run> convert_, keep_;
   std::vector<couplet_encode_run> held_[2], fresh_[2];  // keys, values
   std::vector<couplet_dense_rows> dense_;
@@ -142,12 +145,18 @@ class Step::State::Layer {
     int32_t most_queries;
   };
   std::vector<Slice> slices_;
-  struct Arrays {
-    couplet_store_run *convert, *keep;
+  struct PartArrays {
     couplet_encode_run *held[2], *fresh[2];
     couplet_dense_rows* dense;
     couplet_attend_sequence* sequences;
-  } arrays_{};
+  };
+  couplet_store_run *convert_array_ = nullptr, *keep_array_ = nullptr;
+  std::vector<PartArrays> part_arrays_;
+
+  // Without a codebook all heads are one part, and nothing is coded.
+  std::span<const Codebook::Part> parts_;
+  int32_t first_head(size_t part) const { return parts_.empty() ? 0 : parts_[part].first_head; }
+  int32_t heads(size_t part) const { return parts_.empty() ? owner_.config.kv_heads : parts_[part].codecs.heads; }
 };
 
 couplet_status Step::State::run_layer(int32_t layer, std::span<const StepData> data, const AttendOptions& options,
@@ -169,7 +178,6 @@ couplet_status Step::State::Layer::run() {
     step_.enqueued = !is_host_;  // whatever a part waited for before it enqueued its own
     if (status != COUPLET_OK) return status;
   }
-  if (slots_ && !is_host_) step_.unread.push_back({layer_, slots_});
   bool const has_outputs = std::any_of(data_.begin(), data_.end(), [](const StepData& row) { return row.outputs; });
   bool const only_enqueued = !is_host_ && options_.stream && !(downloads_ && has_outputs);
   return only_enqueued ? COUPLET_OK : step_.finish(report_);
@@ -296,14 +304,16 @@ couplet_status Step::State::Layer::bring_arrays() {
   gather_leaving();
   gather_attended();
   auto const lay_out = [this](Bump* bump) {
-    arrays_.convert = bump->take<couplet_store_run>(convert_.size());
-    arrays_.keep = bump->take<couplet_store_run>(keep_.size());
-    for (int side : {0, 1}) {
-      arrays_.held[side] = bump->take<couplet_encode_run>(held_[side].size());
-      arrays_.fresh[side] = bump->take<couplet_encode_run>(fresh_[side].size());
+    convert_array_ = bump->take<couplet_store_run>(convert_.size());
+    keep_array_ = bump->take<couplet_store_run>(keep_.size());
+    for (PartArrays& part : part_arrays_) {
+      for (int side : {0, 1}) {
+        part.held[side] = bump->take<couplet_encode_run>(held_[side].size());
+        part.fresh[side] = bump->take<couplet_encode_run>(fresh_[side].size());
+      }
+      part.dense = bump->take<couplet_dense_rows>(dense_.size());
+      part.sequences = bump->take<couplet_attend_sequence>(sequences_.size());
     }
-    arrays_.dense = bump->take<couplet_dense_rows>(dense_.size());
-    arrays_.sequences = bump->take<couplet_attend_sequence>(sequences_.size());
   };
   Bump measure(nullptr);
   lay_out(&measure);
@@ -316,20 +326,41 @@ couplet_status Step::State::Layer::bring_arrays() {
   uint8_t* const base = is_host_ ? staged : step_.memory.arrays.memory();
   Bump bump(base);
   lay_out(&bump);
-  for (size_t index = 0; index < sequences_.size(); ++index)
-    sequences_[index].dense = arrays_.dense + dense_begins_[index];
-  auto const put = [&](const auto& values, const void* place) {
-    size_t const offset = static_cast<size_t>(static_cast<const uint8_t*>(place) - base);
-    if (!values.empty()) std::memcpy(staged + offset, values.data(), values.size() * sizeof values[0]);
+  auto const put = [&](const auto& values, const auto* place, const auto& moved) {
+    uint8_t* to = staged + (reinterpret_cast<const uint8_t*>(place) - base);
+    for (size_t index = 0; index < values.size(); ++index, to += sizeof values[0]) {
+      auto const value = moved(values[index], index);
+      std::memcpy(to, &value, sizeof value);
+    }
   };
-  put(convert_, arrays_.convert);
-  put(keep_, arrays_.keep);
-  for (int side : {0, 1}) {
-    put(held_[side], arrays_.held[side]);
-    put(fresh_[side], arrays_.fresh[side]);
+  auto const as_it_is = [](const couplet_store_run& run, size_t) { return run; };
+  put(convert_, convert_array_, as_it_is);
+  put(keep_, keep_array_, as_it_is);
+  for (size_t index = 0; index < part_arrays_.size(); ++index) {
+    const PartArrays& part = part_arrays_[index];
+    int64_t const head = first_head(index);
+    auto const run_of_part = [&](couplet_encode_run run, size_t) {
+      run.rows = advance(run.rows, head * run.head_stride, COUPLET_FLOAT32);
+      return run;
+    };
+    for (int side : {0, 1}) {
+      put(held_[side], part.held[side], run_of_part);
+      put(fresh_[side], part.fresh[side], run_of_part);
+    }
+    put(dense_, part.dense, [&](couplet_dense_rows rows, size_t) {
+      rows.keys += head * rows.key_head_stride;
+      rows.values += head * rows.value_head_stride;
+      return rows;
+    });
+    int64_t const query_head = head * (owner_.config.query_heads / owner_.config.kv_heads);
+    put(sequences_, part.sequences, [&](couplet_attend_sequence sequence, size_t at) {
+      sequence.queries = advance(sequence.queries, query_head * sequence.query_head_stride, options_.inputs.dtype);
+      sequence.outputs = const_cast<void*>(
+          advance(sequence.outputs, query_head * sequence.output_head_stride, options_.outputs.dtype));
+      sequence.dense = part.dense + dense_begins_[at];
+      return sequence;
+    });
   }
-  put(dense_, arrays_.dense);
-  put(sequences_, arrays_.sequences);
   return is_host_ ? COUPLET_OK : upload(base, staged, bytes);
 }
 
@@ -340,13 +371,10 @@ couplet_status Step::State::Layer::copy_shared() {
   auto const copy = backend_.memory.copy;
   for (const StepRowState& row : step_.rows) {
     if (row.codes.original) {
-      const CodeLayout& layout = owner_.code_layout;
-      auto const layer = static_cast<size_t>(layer_);
-      int64_t const begin = layout.key_offsets[layer];
-      int64_t const end = layout.value_offsets[layer] + owner_.config.kv_heads * layout.value_page_stride;
+      const CodeLayout::Layer& layout = owner_.code_layout.layers[static_cast<size_t>(layer_)];
       couplet_status const status =
-          copy(row.codes.blocks.front()->memory() + begin, row.codes.original->memory() + begin,
-               static_cast<size_t>(end - begin), step_.stream, report_);
+          copy(row.codes.blocks.front()->memory() + layout.begin, row.codes.original->memory() + layout.begin,
+               static_cast<size_t>(layout.end - layout.begin), step_.stream, report_);
       if (status != COUPLET_OK) return status;
     }
     for (const Tail* tail : {&row.sinks, &row.window}) {
@@ -444,15 +472,17 @@ void Step::State::Layer::gather_leaving() {
 }
 
 template <class Entries, class Params>
-couplet_status Step::State::Layer::call(const Entries& entries, const Params& params, ReportSlot slot) {
+couplet_status Step::State::Layer::call(const Entries& entries, const Params& params, ReportSlot slot, size_t part) {
   couplet_status status = entries.check(&params, report_);
   if (status != COUPLET_OK) return status;
   if (size_t const workspace = entries.workspace(&params); workspace > report_bytes)
     return fail(report_, COUPLET_INTERNAL, {.layer = layer_}, "A backend asks for %zu bytes beside a report",
                 workspace);
-  status = entries.run(&params, step_.report_place(layer_, slot), step_.stream, report_);
-  if (status == COUPLET_NOT_FINITE) return step_.not_finite(layer_, slot, couplet_report(*report_), report_);
-  if (status == COUPLET_OK) slots_ |= 1u << static_cast<uint32_t>(slot);
+  size_t const place = step_.report_offset(is_host_ ? 0 : layer_, part, slot);
+  status = entries.run(&params, step_.memory.tables.memory() + place, step_.stream, report_);
+  Unread const made = {layer_, part, first_head(part), slot};
+  if (status == COUPLET_NOT_FINITE) return step_.not_finite(made, couplet_report(*report_), report_);
+  if (status == COUPLET_OK && !is_host_) step_.unread.push_back(made);
   return status;
 }
 
@@ -472,36 +502,40 @@ couplet_status Step::State::Layer::store(const couplet_store_run* runs, size_t c
 }
 
 couplet_status Step::State::Layer::store_rows() {
-  couplet_status const status = store(arrays_.convert, convert_.size(), options_.inputs.dtype, ReportSlot::convert);
-  return status == COUPLET_OK ? store(arrays_.keep, keep_.size(), COUPLET_FLOAT32, ReportSlot::keep) : status;
+  couplet_status const status = store(convert_array_, convert_.size(), options_.inputs.dtype, ReportSlot::convert);
+  return status == COUPLET_OK ? store(keep_array_, keep_.size(), COUPLET_FLOAT32, ReportSlot::keep) : status;
 }
 
 couplet_status Step::State::Layer::encode_leaving() {
   for (bool const is_held : {true, false})
-    for (int const side : {0, 1}) {
-      const std::vector<couplet_encode_run>& runs = is_held ? held_[side] : fresh_[side];
-      if (runs.empty()) continue;
-      const CodeLayout& layout = owner_.code_layout;
-      const LayerTables& tables = step_.codebook->layer(layer_);
-      const Codebook::Shape& shape = step_.codebook->shape();
-      couplet_encode_params params = {};
-      params.table = side == 0 ? tables.key : tables.value;
-      params.page_offset = (side == 0 ? layout.key_offsets : layout.value_offsets)[static_cast<size_t>(layer_)];
-      params.page_stride = side == 0 ? layout.key_page_stride : layout.value_page_stride;
-      params.kv_heads = owner_.config.kv_heads;
-      params.head_dim = owner_.config.head_dim;
-      params.page_tokens = owner_.config.page_tokens;
-      params.dtype = COUPLET_FLOAT32;
-      params.threads = owner_.config.threads;
-      params.codec = side == 0 ? shape.key_codec : shape.value_codec;
-      params.runs = is_held ? arrays_.held[side] : arrays_.fresh[side];
-      params.run_count = static_cast<int32_t>(runs.size());
-      for (const couplet_encode_run& run : runs) params.tokens = std::max(params.tokens, run.tokens);
-      ReportSlot const slot = is_held ? (side == 0 ? ReportSlot::held_keys : ReportSlot::held_values)
-                                      : (side == 0 ? ReportSlot::fresh_keys : ReportSlot::fresh_values);
-      if (couplet_status const status = call(backend_.encode, params, slot)) return status;
-    }
+    for (size_t part = 0; part < parts_.size(); ++part)
+      for (int const side : {0, 1})
+        if (couplet_status const status = encode(part, side, is_held)) return status;
   return COUPLET_OK;
+}
+
+couplet_status Step::State::Layer::encode(size_t part, int side, bool is_held) {
+  const std::vector<couplet_encode_run>& runs = is_held ? held_[side] : fresh_[side];
+  if (runs.empty()) return COUPLET_OK;
+  const CodeLayout::Part& layout = owner_.code_layout.layers[static_cast<size_t>(layer_)].parts[part];
+  const Codebook::Part& tables = parts_[part];
+  const PartArrays& arrays = part_arrays_[part];
+  couplet_encode_params params = {};
+  params.table = side == 0 ? tables.key : tables.value;
+  params.page_offset = side == 0 ? layout.key_offset : layout.value_offset;
+  params.page_stride = side == 0 ? layout.key_page_stride : layout.value_page_stride;
+  params.kv_heads = tables.codecs.heads;
+  params.head_dim = owner_.config.head_dim;
+  params.page_tokens = owner_.config.page_tokens;
+  params.dtype = COUPLET_FLOAT32;
+  params.threads = owner_.config.threads;
+  params.codec = side == 0 ? tables.codecs.key : tables.codecs.value;
+  params.runs = is_held ? arrays.held[side] : arrays.fresh[side];
+  params.run_count = static_cast<int32_t>(runs.size());
+  for (const couplet_encode_run& run : runs) params.tokens = std::max(params.tokens, run.tokens);
+  ReportSlot const slot = is_held ? (side == 0 ? ReportSlot::held_keys : ReportSlot::held_values)
+                                  : (side == 0 ? ReportSlot::fresh_keys : ReportSlot::fresh_values);
+  return call(backend_.encode, params, slot, part);
 }
 
 // ---- attention -------------------------------------------------------------------------------------------------------
@@ -598,13 +632,14 @@ void Step::State::Layer::gather_attended() {
   }
 }
 
-couplet_attend_params Step::State::Layer::attend_params() const {
+couplet_attend_params Step::State::Layer::attend_params(size_t part) const {
   const CacheConfig& config = owner_.config;
+  int32_t const repeats = config.query_heads / config.kv_heads;
   couplet_attend_params params = {};
   params.rotary = options_.rotary;
-  params.head_sinks = options_.head_sinks;
-  params.query_heads = config.query_heads;
-  params.kv_heads = config.kv_heads;
+  params.head_sinks = options_.head_sinks ? options_.head_sinks + first_head(part) * repeats : nullptr;
+  params.query_heads = heads(part) * repeats;
+  params.kv_heads = heads(part);
   params.head_dim = config.head_dim;
   params.page_tokens = config.page_tokens;
   params.local_window = options_.local_window;
@@ -613,34 +648,35 @@ couplet_attend_params Step::State::Layer::attend_params() const {
   params.threads = config.threads;
   params.query_dtype = options_.inputs.dtype;
   params.output_dtype = options_.outputs.dtype;
-  if (!step_.codebook) return params;
-  const CodeLayout& layout = owner_.code_layout;
-  params.key_table = step_.codebook->layer(layer_).key;
-  params.value_table = step_.codebook->layer(layer_).value;
-  params.key_page_offset = layout.key_offsets[static_cast<size_t>(layer_)];
+  if (parts_.empty()) return params;
+  const CodeLayout::Part& layout = owner_.code_layout.layers[static_cast<size_t>(layer_)].parts[part];
+  params.key_table = parts_[part].key;
+  params.value_table = parts_[part].value;
+  params.key_page_offset = layout.key_offset;
   params.key_page_stride = layout.key_page_stride;
-  params.value_page_offset = layout.value_offsets[static_cast<size_t>(layer_)];
+  params.value_page_offset = layout.value_offset;
   params.value_page_stride = layout.value_page_stride;
-  params.key_codec = step_.codebook->shape().key_codec;
-  params.value_codec = step_.codebook->shape().value_codec;
+  params.key_codec = parts_[part].codecs.key;
+  params.value_codec = parts_[part].codecs.value;
   return params;
 }
 
 couplet_status Step::State::Layer::attend() {
-  couplet_attend_params params = attend_params();
-  for (const Slice& slice : slices_) {
-    if (cancelled())
-      return fail(report_, COUPLET_CANCELLED, {.layer = layer_}, "The attention of layer %d was cancelled", layer_);
-    params.sequences = arrays_.sequences + slice.begin;
-    params.sequence_count = static_cast<int32_t>(slice.end - slice.begin);
-    params.most_query_tokens = slice.most_queries;
-    couplet_status status = backend_.attend.check(&params, report_);
-    if (status == COUPLET_OK)
-      status = step_.reserve(&step_.memory.workspace, backend_.attend.workspace(&params), report_);
-    if (status == COUPLET_OK)
-      status = backend_.attend.run(&params, step_.memory.workspace.memory(), step_.stream, report_);
-    if (status != COUPLET_OK) return status;
-  }
+  for (const Slice& slice : slices_)
+    for (size_t part = 0; part < part_arrays_.size(); ++part) {
+      if (cancelled())
+        return fail(report_, COUPLET_CANCELLED, {.layer = layer_}, "The attention of layer %d was cancelled", layer_);
+      couplet_attend_params params = attend_params(part);
+      params.sequences = part_arrays_[part].sequences + slice.begin;
+      params.sequence_count = static_cast<int32_t>(slice.end - slice.begin);
+      params.most_query_tokens = slice.most_queries;
+      couplet_status status = backend_.attend.check(&params, report_);
+      if (status == COUPLET_OK)
+        status = step_.reserve(&step_.memory.workspace, backend_.attend.workspace(&params), report_);
+      if (status == COUPLET_OK)
+        status = backend_.attend.run(&params, step_.memory.workspace.memory(), step_.stream, report_);
+      if (status != COUPLET_OK) return status;
+    }
   return COUPLET_OK;
 }
 

@@ -57,7 +57,7 @@ struct StepPlan {
   int64_t gathered_tokens = 0;  // held, of rows whose held tokens lie in more than one block
 };
 
-// What a report speaks of: one for each call of store or encode in a layer.
+// What a report speaks of: one for each call of store or encode in a layer, and for encode in each of its parts.
 enum class ReportSlot { convert, keep, held_keys, held_values, fresh_keys, fresh_values, count };
 
 enum class StepPhase { open, running, failed, closed };
@@ -78,7 +78,9 @@ struct Step::State {
   // Used by the one call that runs, or by the end of the step:
   struct Unread {
     int32_t layer;
-    uint32_t slots;  // a bit for each ReportSlot that was used
+    size_t part;
+    int32_t first_head;  // of the part
+    ReportSlot slot;
   };
   void* stream = nullptr;      // of the work that was enqueued last
   bool enqueued = false;       // it may be under way
@@ -100,10 +102,10 @@ struct Step::State {
   // Host memory that stays as it is until the device has read it; for a CPU, until the next layer.
   couplet_status stage(size_t bytes, uint8_t** out, couplet_report* report);
 
-  size_t reports_bytes() const;  // of the start of memory.tables
-  void* report_place(int32_t layer, ReportSlot slot) const;
-  // `found` is of a backend, which knows calls and runs; this is about layers and positions.
-  couplet_status not_finite(int32_t layer, ReportSlot slot, const couplet_report& found, couplet_report* report) const;
+  size_t reports_bytes() const;                                             // of the start of memory.tables
+  size_t report_offset(int32_t layer, size_t part, ReportSlot slot) const;  // in there
+  // `found` is of a backend, which knows calls, runs and the heads of a part; this is about layers, positions and all heads.
+  couplet_status not_finite(const Unread& call, const couplet_report& found, couplet_report* report) const;
 
  private:
   class Layer;
@@ -119,6 +121,7 @@ struct Cache::State {
   const Device device;
   const CacheConfig config;
   CodeLayout code_layout;
+  size_t most_parts = 1;  // of a layer
   RawLayout raw_layout;
   Region codes, sinks, window;
   std::atomic<int64_t> scratch_bytes{0};

@@ -8,8 +8,6 @@
 namespace couplet {
 namespace {
 
-constexpr size_t layer_report_bytes = report_bytes * static_cast<size_t>(ReportSlot::count);
-
 couplet_status with_layer(couplet_status status, int32_t layer, couplet_report* report) {
   if (status != COUPLET_OK && report) report->layer = layer;
   return status;
@@ -124,27 +122,20 @@ couplet_status Step::State::finish(couplet_report* report) try {
   if (status != COUPLET_OK || unread.empty()) return status;
   auto const [first, last] = std::minmax_element(unread.begin(), unread.end(),
                                                  [](const Unread& a, const Unread& b) { return a.layer < b.layer; });
-  int32_t const first_layer = first->layer;
-  std::vector<uint8_t> bytes(static_cast<size_t>(last->layer - first_layer + 1) * layer_report_bytes);
-  status = owner().device.backend->memory.copy(bytes.data(), report_place(first_layer, ReportSlot::convert),
-                                               bytes.size(), stream, report);
+  size_t const begin = report_offset(first->layer, 0, ReportSlot::convert);
+  std::vector<uint8_t> bytes(report_offset(last->layer + 1, 0, ReportSlot::convert) - begin);
+  status =
+      owner().device.backend->memory.copy(bytes.data(), memory.tables.memory() + begin, bytes.size(), stream, report);
   if (status != COUPLET_OK) return status;
-  for (const Unread& layer : unread) {
-    for (uint32_t slot = 0; slot < static_cast<uint32_t>(ReportSlot::count); ++slot) {
-      if (!(layer.slots >> slot & 1)) continue;
-      couplet_report found;
-      std::memcpy(
-          &found,
-          bytes.data() + static_cast<size_t>(layer.layer - first_layer) * layer_report_bytes + slot * report_bytes,
-          sizeof found);
-      if (found.status == COUPLET_OK) continue;
-      status = not_finite(layer.layer, static_cast<ReportSlot>(slot), found, report);
-      unread.clear();
-      return status;
-    }
+  for (const Unread& call : unread) {
+    couplet_report found;
+    std::memcpy(&found, bytes.data() + report_offset(call.layer, call.part, call.slot) - begin, sizeof found);
+    if (found.status == COUPLET_OK) continue;
+    status = not_finite(call, found, report);
+    break;
   }
   unread.clear();
-  return COUPLET_OK;
+  return status;
 } catch (const std::bad_alloc&) {
   return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for the reports of a step");
 }
@@ -172,16 +163,18 @@ couplet_status Step::State::stage(size_t bytes, uint8_t** out, couplet_report* r
 
 // A CPU says what it found at once, so that all layers share a place.
 size_t Step::State::reports_bytes() const {
-  return layer_report_bytes * (owner().device.is_host() ? 1 : layer_done.size());
+  auto const places = owner().device.is_host() ? 1 : static_cast<int32_t>(layer_done.size());
+  return report_offset(places, 0, ReportSlot::convert);
 }
 
-void* Step::State::report_place(int32_t layer, ReportSlot slot) const {
-  size_t const place = owner().device.is_host() ? 0 : static_cast<size_t>(layer);
-  return memory.tables.memory() + place * layer_report_bytes + static_cast<size_t>(slot) * report_bytes;
+size_t Step::State::report_offset(int32_t layer, size_t part, ReportSlot slot) const {
+  size_t const place = static_cast<size_t>(layer) * owner().most_parts + part;
+  return (place * static_cast<size_t>(ReportSlot::count) + static_cast<size_t>(slot)) * report_bytes;
 }
 
-couplet_status Step::State::not_finite(int32_t layer, ReportSlot slot, const couplet_report& found,
-                                       couplet_report* report) const {
+couplet_status Step::State::not_finite(const Unread& call, const couplet_report& found, couplet_report* report) const {
+  auto const [layer, part, first_head, slot] = call;
+  int32_t const kv_head = first_head + found.kv_head;
   bool const both_sides = slot == ReportSlot::convert || slot == ReportSlot::keep;  // a run of keys, then one of values
   bool const is_held = slot == ReportSlot::held_keys || slot == ReportSlot::held_values;
   const std::vector<Piece>& pieces = slot == ReportSlot::convert ? plan.given
@@ -201,9 +194,9 @@ couplet_status Step::State::not_finite(int32_t layer, ReportSlot slot, const cou
     break;
   }
   return fail(report, COUPLET_NOT_FINITE,
-              {.layer = layer, .kv_head = found.kv_head, .token = position, .channel = found.channel},
+              {.layer = layer, .kv_head = kv_head, .token = position, .channel = found.channel},
               "Expected finite %s but received a NaN or an infinity in layer %d, kv head %d, token %lld, channel %d",
-              in_keys ? "keys" : "values", layer, found.kv_head, static_cast<long long>(position), found.channel);
+              in_keys ? "keys" : "values", layer, kv_head, static_cast<long long>(position), found.channel);
 }
 
 }  // namespace couplet

@@ -10,12 +10,8 @@ couplet_status check_alike(const Cache& from, const Cache& to, const Codebook* f
                            couplet_report* report) {
   const CacheConfig& a = from.config();
   const CacheConfig& b = to.config();
-  auto const alike = [](couplet_codec one, couplet_codec other) {
-    return one.group_channels == other.group_channels && one.code_bits == other.code_bits;
-  };
-  bool const same_codes = !from_codes == !to_codes &&
-                          (!from_codes || (alike(from_codes->shape().key_codec, to_codes->shape().key_codec) &&
-                                           alike(from_codes->shape().value_codec, to_codes->shape().value_codec)));
+  bool const same_codes =
+      !from_codes == !to_codes && (!from_codes || from_codes->shape().codecs == to_codes->shape().codecs);
   if (a.layers == b.layers && a.kv_heads == b.kv_heads && a.head_dim == b.head_dim && a.sinks == b.sinks &&
       a.window == b.window && a.page_tokens == b.page_tokens && same_codes)
     return COUPLET_OK;

@@ -16,11 +16,24 @@ namespace couplet::test {
 
 struct CacheShape {
   int32_t layers, query_heads, kv_heads, head_dim;
-  couplet_codec key_codec, value_codec;
 };
 
-inline constexpr CacheShape shape = {
-    2, 4, 2, 32, {.group_channels = 4, .code_bits = 3}, {.group_channels = 8, .code_bits = 5}};
+inline constexpr CacheShape shape = {2, 4, 2, 32};
+
+// A layer whose heads share their codecs, and one whose heads have their own.
+inline const std::vector<std::vector<HeadCodecs>> layer_codecs = {
+    {{shape.kv_heads, {.group_channels = 4, .code_bits = 3}, {.group_channels = 8, .code_bits = 5}}},
+    {{1, {.group_channels = 8, .code_bits = 4}, {.group_channels = 16, .code_bits = 3}},
+     {1, {.group_channels = 2, .code_bits = 2}, {.group_channels = 4, .code_bits = 5}}}};
+
+inline couplet_codec codec_of(int32_t layer, int side, int32_t head) {
+  size_t part = 0;
+  for (const std::vector<HeadCodecs>& parts = layer_codecs[static_cast<size_t>(layer)]; head >= parts[part].heads;)
+    head -= parts[part++].heads;
+  const HeadCodecs& codecs = layer_codecs[static_cast<size_t>(layer)][part];
+  return side == 0 ? codecs.key : codecs.value;
+}
+
 inline constexpr int64_t row_gap = 5;  // floats: strides are not the shapes
 inline constexpr size_t side_floats = static_cast<size_t>(shape.kv_heads) *
                                       static_cast<size_t>(shape.head_dim);  // keys or values of a token in one layer
@@ -40,23 +53,31 @@ struct Token {  // [layer][side][kv head][channel]
 };
 
 struct Tables {
-  std::vector<std::vector<float>> keys, values;
+  std::vector<FakeTable> heads;  // [layer][side][kv head]
   std::shared_ptr<const Codebook> codebook;
 
   Tables(Device device, Random* random) {
-    std::vector<const float*> key_pointers, value_pointers;
+    std::vector<std::vector<float>> sides;  // [layer][side]
     for (int32_t layer = 0; layer < shape.layers; ++layer) {
-      keys.push_back(eighths(random, side_floats << shape.key_codec.code_bits));
-      values.push_back(eighths(random, side_floats << shape.value_codec.code_bits));
+      for (int side = 0; side < 2; ++side) {
+        std::vector<float>& table = sides.emplace_back();
+        for (int32_t head = 0; head < shape.kv_heads; ++head) {
+          couplet_codec const codec = codec_of(layer, side, head);
+          heads.push_back({codec, 1, shape.head_dim, eighths(random, size_t{shape.head_dim} << codec.code_bits)});
+          table.insert(table.end(), heads.back().centroids.begin(), heads.back().centroids.end());
+        }
+      }
     }
-    for (int32_t layer = 0; layer < shape.layers; ++layer) {
-      key_pointers.push_back(keys[static_cast<size_t>(layer)].data());
-      value_pointers.push_back(values[static_cast<size_t>(layer)].data());
-    }
+    std::vector<const float*> pointers[2];
+    for (size_t i = 0; i < sides.size(); ++i) pointers[i % 2].push_back(sides[i].data());
     couplet_report report{};
-    Codebook::Shape const given = {shape.layers, shape.kv_heads, shape.head_dim, shape.key_codec, shape.value_codec};
-    CHECK(Codebook::create(device, given, key_pointers, value_pointers, &codebook, &report) == COUPLET_OK, "%s",
+    Codebook::Shape const given = {shape.layers, shape.kv_heads, shape.head_dim, layer_codecs};
+    CHECK(Codebook::create(device, given, pointers[0], pointers[1], &codebook, &report) == COUPLET_OK, "%s",
           report.detail);
+  }
+
+  const FakeTable& head(int32_t layer, int side, int32_t head) const {
+    return heads[static_cast<size_t>((2 * layer + side) * shape.kv_heads + head)];
   }
 
   Token token(Random* random) const {
@@ -65,15 +86,14 @@ struct Tables {
     token.coded.resize(token.raw.size());
     for (int32_t layer = 0; layer < shape.layers; ++layer) {
       for (int side = 0; side < 2; ++side) {
-        couplet_codec const codec = side == 0 ? shape.key_codec : shape.value_codec;
-        FakeTable const table = {codec, shape.kv_heads, shape.head_dim,
-                                 (side == 0 ? keys : values)[static_cast<size_t>(layer)]};
         for (int32_t head = 0; head < shape.kv_heads; ++head) {
-          for (int32_t group = 0; group < couplet_codec_groups(codec, shape.head_dim); ++group) {
-            int32_t const offset = head * shape.head_dim + group * codec.group_channels;
+          const FakeTable& table = this->head(layer, side, head);
+          int32_t const channels = table.codec.group_channels;
+          for (int32_t group = 0; group < shape.head_dim / channels; ++group) {
+            int32_t const offset = head * shape.head_dim + group * channels;
             const float* const centroid =
-                table.centroid(head, group, table.nearest(head, group, token.side(token.raw, layer, side) + offset));
-            std::copy(centroid, centroid + codec.group_channels, token.side(token.coded, layer, side) + offset);
+                table.centroid(0, group, table.nearest(0, group, token.side(token.raw, layer, side) + offset));
+            std::copy(centroid, centroid + channels, token.side(token.coded, layer, side) + offset);
           }
         }
       }
@@ -88,9 +108,12 @@ struct ModelSequence {
 };
 
 inline int64_t code_block_bytes(int32_t page_tokens) {
-  return shape.layers * shape.kv_heads *
-         (couplet_page_bytes(shape.key_codec, shape.head_dim, page_tokens) +
-          couplet_page_bytes(shape.value_codec, shape.head_dim, page_tokens));
+  int64_t bytes = 0;
+  for (int32_t layer = 0; layer < shape.layers; ++layer)
+    for (int side = 0; side < 2; ++side)
+      for (int32_t head = 0; head < shape.kv_heads; ++head)
+        bytes += couplet_page_bytes(codec_of(layer, side, head), shape.head_dim, page_tokens);
+  return bytes;
 }
 inline int64_t raw_token_bytes() { return static_cast<int64_t>(shape.layers * 2 * side_floats * sizeof(float)); }
 

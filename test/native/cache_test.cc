@@ -152,8 +152,32 @@ void test_states() {
   CHECK(cache->begin({both, 1}, Prefill::exact, &second, &report) == COUPLET_DISPOSED, "disposed");
 }
 
-// A token that leaves the window is encoded once for each layer and side, whatever the steps' sizes.
+// Heads that the parts of a layer leave out, name twice or do not have.
+void test_refused_parts() {
+  couplet_codec const codec = {8, 2};
+  std::vector<float> const table(size_t{shape.kv_heads} * shape.head_dim * 4);
+  const float* const tables[] = {table.data()};
+  auto const status_of = [&](std::vector<std::vector<HeadCodecs>> codecs) {
+    std::shared_ptr<const Codebook> codebook;
+    couplet_report report{};
+    Codebook::Shape const given = {1, shape.kv_heads, shape.head_dim, std::move(codecs)};
+    return Codebook::create(fake_backend(), given, tables, tables, &codebook, &report);
+  };
+  CHECK(status_of({{{2, codec, codec}}}) == COUPLET_OK, "one part");
+  CHECK(status_of({{{1, codec, codec}, {1, codec, codec}}}) == COUPLET_OK, "two parts");
+  CHECK(status_of({}) == COUPLET_INVALID_ARGUMENT, "no layer");
+  CHECK(status_of({{}}) == COUPLET_INVALID_ARGUMENT, "no part");
+  CHECK(status_of({{{1, codec, codec}}}) == COUPLET_INVALID_ARGUMENT, "a head is missing");
+  CHECK(status_of({{{2, codec, codec}, {1, codec, codec}}}) == COUPLET_INVALID_ARGUMENT, "a head too many");
+  CHECK(status_of({{{2, codec, codec}, {0, codec, codec}}}) == COUPLET_INVALID_ARGUMENT, "a part without heads");
+  CHECK(status_of({{{3, codec, codec}, {-1, codec, codec}}}) == COUPLET_INVALID_ARGUMENT, "less than no head");
+  CHECK(status_of({{{2, codec, {5, 2}}}}) == COUPLET_INVALID_ARGUMENT, "groups that do not divide headDim");
+}
+
+// A token that leaves the window is encoded once for each part of a layer and side, whatever the steps' sizes.
 void test_encodes_once() {
+  int64_t parts = 0;
+  for (const std::vector<HeadCodecs>& layer : layer_codecs) parts += static_cast<int64_t>(layer.size());
   Random random(11);
   Tables const tables(fake_backend(), &random);
   std::shared_ptr<Cache> cache;
@@ -168,8 +192,7 @@ void test_encodes_once() {
     CHECK(append(cache.get(), sequence, tokens, &random, &report) == COUPLET_OK, "%s", report.detail);
     length += tokens;
   }
-  CHECK(encoded_tokens == (length - 4 - 8) * shape.layers * 2, "%lld tokens encoded",
-        static_cast<long long>(encoded_tokens));
+  CHECK(encoded_tokens == (length - 4 - 8) * parts * 2, "%lld tokens encoded", static_cast<long long>(encoded_tokens));
 }
 
 // A fork shares everything: two forks that write take their own copy of the last blocks only.
@@ -305,6 +328,7 @@ int main() {
   test_not_finite(fake_backend());
   test_not_finite(fake_device_backend());
   test_states();
+  test_refused_parts();
   test_encodes_once();
   test_fork_shares();
   test_threads(fake_backend());

@@ -2,6 +2,7 @@
 import { isArray, requireArray, requireInteger, requireObject, resultArray } from './arguments'
 import { Codebook } from './codebook'
 import type { RotarySpec } from './codebook'
+import type { HeadCodecs, LayerCodecs } from './codec'
 import type { Rows } from './codes'
 import { dtypeOf, rowsOf } from './codes'
 import type { DeviceMemory, DeviceName, DeviceOptions, ElementType, StreamOption } from './device'
@@ -493,9 +494,16 @@ function requireElements(value: unknown, name: string, elements: number, shape: 
 /** Whether codes of one mean the same with the other. */
 function sameTables(one: Codebook | undefined, other: Codebook | undefined): boolean {
   if (one === other || one === undefined || other === undefined) return one === other
-  if (one.layers !== other.layers) return false
+  if (!sameCodecs(one.codecs, other.codecs)) return false
   return Array.from({ length: one.layers }, (_, layer) => layer).every((layer) =>
     sameFloats(one.keyTable(layer), other.keyTable(layer)) && sameFloats(one.valueTable(layer), other.valueTable(layer)))
+}
+
+function sameCodecs(one: LayerCodecs, other: LayerCodecs): boolean {
+  const alike = (a: HeadCodecs, b: HeadCodecs | undefined): boolean =>
+    a.heads === b?.heads && a.keyCodec.name === b.keyCodec.name && a.valueCodec.name === b.valueCodec.name
+  return one.length === other.length && one.every((parts, layer) =>
+    parts.length === other[layer]!.length && parts.every((part, index) => alike(part, other[layer]![index])))
 }
 
 function sameFloats(one: Float32Array, other: Float32Array): boolean {
@@ -507,7 +515,7 @@ const nativeCodebooks = new WeakMap<Codebook, Map<string, NativeCodebook>>()
 
 function nativeCodebook(codebook: Codebook, place: NativeDevice): NativeCodebook {
   const device = `${place.device} ${place.deviceIndex}`
-  const { layers, kvHeads, headDim, keyCodec, valueCodec } = codebook
+  const { layers, kvHeads, headDim, codecs } = codebook
   const everyLayer = Array.from({ length: layers }, (_, layer) => layer)
   const keyTables = everyLayer.map((layer) => codebook.keyTable(layer)) // throws after dispose()
   const held = nativeCodebooks.get(codebook) ?? new Map<string, NativeCodebook>()
@@ -515,7 +523,7 @@ function nativeCodebook(codebook: Codebook, place: NativeDevice): NativeCodebook
   let native = held.get(device)
   if (native === undefined) {
     const valueTables = everyLayer.map((layer) => codebook.valueTable(layer))
-    native = addon().createCodebook({ layers, kvHeads, headDim, keyCodec, valueCodec, keyTables, valueTables, ...place })
+    native = addon().createCodebook({ layers, kvHeads, headDim, codecs, keyTables, valueTables, ...place })
     held.set(device, native)
   }
   return native

@@ -1,12 +1,12 @@
 /**
  * A codebook as a safetensors file: tensors `layers.<i>.key` and `layers.<i>.value` of shape
- * [kvHeads, groups, centroids, groupChannels], and the rest as JSON under `couplet` in its string map.
+ * [kvHeads, groups, centroids, groupChannels], or one for each part of a layer, and the rest as JSON under `couplet` in its string map.
  */
 import { closeSync, constants, fstatSync, fsyncSync, openSync, readSync, renameSync, rmSync, writeSync } from 'node:fs'
 import { open } from 'node:fs/promises'
 import { dirname } from 'node:path'
 
-import type { Codec } from './codec'
+import type { Codec, HeadCodecs } from './codec'
 import type { CodebookMetadata, CodebookShape } from './codebook-metadata'
 import { readMetadata, writeMetadata } from './codebook-metadata'
 import { codeOf, CoupletError, rangeError } from './errors'
@@ -19,14 +19,30 @@ import { FormatError, headerBytes, lengthBytes, parseHeader, writeHeader } from 
 export interface CodebookContents {
   shape: CodebookShape
   metadata: CodebookMetadata
-  /** One per layer: float32 [kvHeads][groups][centroids][groupChannels]. */
+  /** One per layer: its parts one after another, float32 [heads][groups][centroids][groupChannels]. */
   keyTables: Float32Array[]
   valueTables: Float32Array[]
 }
 
-/** Elements of the table of one layer and side. */
-export function tableElements({ kvHeads, headDim }: CodebookShape, { centroids }: Codec): number {
-  return kvHeads * headDim * centroids
+type Side = 'key' | 'value'
+const codecOf = ({ keyCodec, valueCodec }: HeadCodecs, side: Side): Codec => (side === 'key' ? keyCodec : valueCodec)
+
+/** Elements of the tables of some parts of a layer, one side. */
+export function tableElements(parts: readonly HeadCodecs[], headDim: number, side: Side): number {
+  return parts.reduce((elements, part) => elements + part.heads * headDim * codecOf(part, side).centroids, 0)
+}
+
+/** The parts of a layer's table, of one side, each with its place in it and its tensor. */
+function* tensors({ codecs, headDim }: CodebookShape, layer: number, side: Side): Generator<{ name: string; shape: number[]; begin: number; end: number }> {
+  const parts = codecs[layer]!
+  let begin = 0
+  for (const part of parts) {
+    const { groupChannels, centroids } = codecOf(part, side)
+    const end = begin + part.heads * headDim * centroids
+    const place = parts.length === 1 ? '' : `heads.${part.firstHead}.`
+    yield { name: `layers.${layer}.${place}${side}`, shape: [part.heads, headDim / groupChannels, centroids, groupChannels], begin, end }
+    begin = end
+  }
 }
 
 // ---- reading ----
@@ -44,12 +60,13 @@ function* contents(fileBytes: number): Reads {
   yield { offset: lengthBytes, into: headerText }
   const header = sound(() => parseHeader(headerText, fileBytes))
   const { shape, metadata } = described(header)
-  if (header.tensors.size !== 2 * shape.layers) throw invalid(`it has ${header.tensors.size} tensors for ${shape.layers} layers`)
+  const wanted = 2 * shape.codecs.reduce((count, parts) => count + parts.length, 0)
+  if (header.tensors.size !== wanted) throw invalid(`it has ${header.tensors.size} tensors, not ${wanted}, for ${shape.layers} layers`)
   const keyTables: Float32Array[] = []
   const valueTables: Float32Array[] = []
   for (let layer = 0; layer < shape.layers; layer++) {
-    keyTables.push(yield* table(header, `layers.${layer}.key`, shape, shape.keyCodec))
-    valueTables.push(yield* table(header, `layers.${layer}.value`, shape, shape.valueCodec))
+    keyTables.push(yield* table(header, shape, layer, 'key'))
+    valueTables.push(yield* table(header, shape, layer, 'value'))
   }
   return { shape, metadata, keyTables, valueTables }
 }
@@ -77,22 +94,24 @@ function described({ metadata }: Header): ReturnType<typeof readMetadata> {
   }
 }
 
-function* table(header: Header, name: string, shape: CodebookShape, codec: Codec): Generator<{ offset: number; into: Uint8Array }, Float32Array, void> {
-  const tensor = header.tensors.get(name)
-  if (tensor === undefined) throw invalid(`it has no tensor "${name}"`)
-  const expected = tableShape(shape, codec)
-  if (tensor.shape.join() !== expected.join()) throw invalid(`tensor "${name}" has shape [${tensor.shape.join(', ')}], not [${expected.join(', ')}]`)
-  if (tensor.dtype !== 'F16' && tensor.dtype !== 'F32') throw invalid(`tensor "${name}" has dtype ${tensor.dtype}, not F16 or F32`)
-  const elements = tableElements(shape, codec)
-  const raw = tensor.dtype === 'F16' ? new Uint16Array(elements) : new Float32Array(elements)
-  yield { offset: header.dataOffset + tensor.begin, into: new Uint8Array(raw.buffer) }
-  const values = raw instanceof Uint16Array ? float32FromFloat16(raw) : raw
-  if (!values.every(Number.isFinite)) throw invalid(`tensor "${name}" has a NaN or an infinity`)
+function* table(header: Header, shape: CodebookShape, layer: number, side: Side): Generator<{ offset: number; into: Uint8Array }, Float32Array, void> {
+  const parts = [...tensors(shape, layer, side)].map(({ name, shape: expected, begin, end }) => {
+    const tensor = header.tensors.get(name)
+    if (tensor === undefined) throw invalid(`it has no tensor "${name}"`)
+    if (tensor.shape.join() !== expected.join()) throw invalid(`tensor "${name}" has shape [${tensor.shape.join(', ')}], not [${expected.join(', ')}]`)
+    if (tensor.dtype !== 'F16' && tensor.dtype !== 'F32') throw invalid(`tensor "${name}" has dtype ${tensor.dtype}, not F16 or F32`)
+    return { name, tensor, begin, end }
+  })
+  // Only now, when the file is known to have all of it.
+  const values = new Float32Array(parts.at(-1)!.end)
+  for (const { name, tensor, begin, end } of parts) {
+    const place = values.subarray(begin, end)
+    const raw = tensor.dtype === 'F16' ? new Uint16Array(place.length) : place
+    yield { offset: header.dataOffset + tensor.begin, into: new Uint8Array(raw.buffer, raw.byteOffset, raw.byteLength) }
+    if (raw instanceof Uint16Array) place.set(float32FromFloat16(raw))
+    if (!place.every(Number.isFinite)) throw invalid(`tensor "${name}" has a NaN or an infinity`)
+  }
   return values
-}
-
-function tableShape({ kvHeads, headDim }: CodebookShape, { groupChannels, centroids }: Codec): number[] {
-  return [kvHeads, headDim / groupChannels, centroids, groupChannels]
 }
 
 export function readBuffer(data: Uint8Array): CodebookContents {
@@ -152,11 +171,9 @@ function some(bytesRead: number): number {
 
 /** The bytes of the file, in order; a chunk is at most a table. */
 function* chunks({ shape, metadata, keyTables, valueTables }: CodebookContents, dtype: TensorType): Generator<Uint8Array, void, void> {
-  const tensors = keyTables.flatMap((_, layer) => [
-    { name: `layers.${layer}.key`, dtype, shape: tableShape(shape, shape.keyCodec) },
-    { name: `layers.${layer}.value`, dtype, shape: tableShape(shape, shape.valueCodec) },
-  ])
-  yield writeHeader(tensors, { format: 'couplet.codebook', couplet: writeMetadata(shape, metadata) })
+  const all = keyTables.flatMap((_, layer) => [...tensors(shape, layer, 'key'), ...tensors(shape, layer, 'value')])
+  const headers = all.map(({ name, shape }) => ({ name, dtype, shape }))
+  yield writeHeader(headers, { format: 'couplet.codebook', couplet: writeMetadata(shape, metadata) })
   for (const [layer, keys] of keyTables.entries()) {
     yield tableBytes(keys, dtype, layer)
     yield tableBytes(valueTables[layer] ?? keys, dtype, layer)

@@ -1,11 +1,11 @@
 /** The JSON that travels in a codebook file, and its checks: the same for files and for what a program hands over. */
-import type { Codec } from './codec'
-import { codec } from './codec'
+import type { Codec, CodecLike, HeadCodecs, HeadCodecsLike, LayerCodecs } from './codec'
+import { codec, commonCodec } from './codec'
 import { CoupletError, rangeError, throwExpected } from './errors'
 import type { Json } from './json'
 
-/** The one version of the file that this couplet reads and writes. */
-export const formatVersion = 1
+/** Versions of the file that this couplet reads. It writes 1 where that says everything: one codec a side, in all layers and heads. */
+const formatVersions = [1, 2]
 
 /** How the model rotates queries and keys. Keys are coded before the rotation. */
 export interface RotarySpec {
@@ -34,7 +34,7 @@ export interface LearnedFrom {
 }
 
 export interface CodebookMetadata {
-  readonly formatVersion: 1
+  readonly formatVersion: 1 | 2
   /** null: none, or not known. */
   readonly rotary: RotarySpec | null
   /** Fingerprint of the model, as DecoderModel gives it. null: not known. */
@@ -44,8 +44,7 @@ export interface CodebookMetadata {
 }
 
 export interface CodebookShape {
-  readonly keyCodec: Codec
-  readonly valueCodec: Codec
+  readonly codecs: LayerCodecs
   readonly layers: number
   readonly kvHeads: number
   readonly headDim: number
@@ -53,9 +52,22 @@ export interface CodebookShape {
 
 /** The JSON text of a file. */
 export function writeMetadata(shape: CodebookShape, metadata: CodebookMetadata): string {
-  const { keyCodec, valueCodec, layers, kvHeads, headDim } = shape
+  const { codecs, layers, kvHeads, headDim } = shape
   const { rotary, model, learned } = metadata
-  return JSON.stringify({ formatVersion, keyCodec: keyCodec.name, valueCodec: valueCodec.name, layers, kvHeads, headDim, rotary, model, learned })
+  return JSON.stringify({ formatVersion: formatVersionOf(shape), ...codecMembers(codecs), layers, kvHeads, headDim, rotary, model, learned })
+}
+
+/** The lowest version that says everything about such a codebook. */
+export function formatVersionOf({ codecs }: Pick<CodebookShape, 'codecs'>): 1 | 2 {
+  return isUniform(codecs) ? 1 : 2
+}
+
+const isUniform = (codecs: LayerCodecs): boolean =>
+  codecs.every((parts) => parts.length === 1) && commonCodec(codecs, 'keyCodec') !== undefined && commonCodec(codecs, 'valueCodec') !== undefined
+
+function codecMembers(codecs: LayerCodecs): Record<string, unknown> {
+  if (isUniform(codecs)) return { keyCodec: codecs[0]![0]!.keyCodec.name, valueCodec: codecs[0]![0]!.valueCodec.name }
+  return { codecs: codecs.map((parts) => parts.map(({ heads, keyCodec, valueCodec }) => ({ heads, key: keyCodec.name, value: valueCodec.name }))) }
 }
 
 /**
@@ -66,35 +78,62 @@ export function writeMetadata(shape: CodebookShape, metadata: CodebookMetadata):
 export function readMetadata(json: Json): { shape: CodebookShape; metadata: CodebookMetadata } {
   const members = readObject(json, 'metadata')
   const version = readCount(members.get('formatVersion'), 'formatVersion', 0)
-  if (version !== formatVersion)
+  if (!formatVersions.includes(version))
     throw new CoupletError(
       'ERR_COUPLET_CODEBOOK_MISMATCH',
-      `Expected a codebook of format version ${formatVersion} but received one of format version ${version}`,
+      `Expected a codebook of format version ${formatVersions.join(' or ')} but received one of format version ${version}`,
     )
-  const shape = readShape({
-    keyCodec: readText(members.get('keyCodec'), 'keyCodec'),
-    valueCodec: readText(members.get('valueCodec'), 'valueCodec'),
-    layers: members.get('layers'),
-    kvHeads: members.get('kvHeads'),
-    headDim: members.get('headDim'),
-  })
+  const dimensions = { layers: members.get('layers'), kvHeads: members.get('kvHeads'), headDim: members.get('headDim') }
+  const codecs = members.get('codecs')
+  const shape = version === 1 || codecs === undefined
+    ? readShape({ ...dimensions, keyCodec: readText(members.get('keyCodec'), 'keyCodec'), valueCodec: readText(members.get('valueCodec'), 'valueCodec') })
+    : readShape({ ...dimensions, codecs: readCodecs(codecs) })
   const rotary = optional(members.get('rotary'), (value) => readRotary(value, shape.headDim))
   const model = optional(members.get('model'), (value) => readText(value, 'model'))
   const learned = optional(members.get('learned'), readLearned)
-  return { shape, metadata: Object.freeze({ formatVersion, rotary, model, learned }) }
+  return { shape, metadata: Object.freeze({ formatVersion: formatVersionOf(shape), rotary, model, learned }) }
 }
 
-/** @throws {TypeError | RangeError} when the codecs do not divide headDim, or a count is out of range */
-export function readShape(given: Record<'keyCodec' | 'valueCodec', Codec | string> & Record<'layers' | 'kvHeads' | 'headDim', unknown>): CodebookShape {
+/** Codecs of all layers and heads, or the parts of every layer. */
+export type GivenCodecs = Record<'keyCodec' | 'valueCodec', CodecLike> | { codecs: readonly (readonly HeadCodecsLike[])[] }
+
+/** @throws {TypeError | RangeError} when the codecs do not divide headDim, parts do not cover the heads, or a count is out of range */
+export function readShape(given: GivenCodecs & Record<'layers' | 'kvHeads' | 'headDim', unknown>): CodebookShape {
   const layers = readCount(given.layers, 'layers', 1, 65536)
   const kvHeads = readCount(given.kvHeads, 'kvHeads', 1, 65536)
   const headDim = readCount(given.headDim, 'headDim', 8, 256)
-  const keyCodec = readCodec(given.keyCodec, 'keyCodec', headDim)
-  const valueCodec = readCodec(given.valueCodec, 'valueCodec', headDim)
-  return Object.freeze({ keyCodec, valueCodec, layers, kvHeads, headDim })
+  const parts = (layer: readonly HeadCodecsLike[], name: string): readonly HeadCodecs[] => readParts(layer, { name, kvHeads, headDim })
+  let codecs: LayerCodecs
+  if (!('codecs' in given)) codecs = Array<readonly HeadCodecs[]>(layers).fill(parts([given], ''))
+  else {
+    if (given.codecs.length !== layers) throwExpected(`those of ${layers} layers`, 'codecs', given.codecs.length, true)
+    codecs = given.codecs.map((layer, index) => parts(layer, `codecs[${index}]`))
+  }
+  return Object.freeze({ codecs: Object.freeze(codecs), layers, kvHeads, headDim })
 }
 
-function readCodec(like: Codec | string, name: string, headDim: number): Codec {
+function readParts(parts: readonly HeadCodecsLike[], { name, kvHeads, headDim }: { name: string; kvHeads: number; headDim: number }): readonly HeadCodecs[] {
+  let firstHead = 0
+  const read = parts.map(({ heads: given = kvHeads, keyCodec, valueCodec }, index): HeadCodecs => {
+    const place = name === '' ? '' : `${name}[${index}].`
+    const heads = readCount(given, `${place}heads`, 1, kvHeads)
+    const part = { firstHead, heads, keyCodec: readCodec(keyCodec, `${place}keyCodec`, headDim), valueCodec: readCodec(valueCodec, `${place}valueCodec`, headDim) }
+    firstHead += heads
+    return Object.freeze(part)
+  })
+  if (firstHead !== kvHeads) throwExpected(`parts of ${kvHeads} heads together`, name, firstHead, true)
+  return Object.freeze(read)
+}
+
+function readCodecs(json: Json): HeadCodecsLike[][] {
+  return readArray(json, 'codecs').map((layer, index) => readArray(layer, `codecs[${index}]`).map((part) => {
+    const members = readObject(part, `codecs[${index}]`)
+    const name = (side: string) => readText(members.get(side), `codecs[${index}].${side}`)
+    return { heads: readCount(members.get('heads'), `codecs[${index}].heads`, 1, 65536), keyCodec: name('key'), valueCodec: name('value') }
+  }))
+}
+
+function readCodec(like: CodecLike, name: string, headDim: number): Codec {
   const result = codec(like)
   if (headDim % result.groupChannels !== 0) throw rangeError(`Expected groups that divide headDim ${headDim} for \`${name}\` but received "${result.name}"`)
   return result
@@ -142,6 +181,10 @@ function optional<Value>(json: Json | undefined, read: (json: Json) => Value): V
 
 function readObject(json: Json, name: string): Map<string, Json> {
   return json instanceof Map ? json : throwExpected('an object', name, json)
+}
+
+function readArray(json: Json, name: string): readonly Json[] {
+  return Array.isArray(json) ? json : throwExpected('an array', name, json)
 }
 
 function readText(json: Json | undefined, name: string): string {

@@ -1,10 +1,10 @@
 import { isArray, requireObject, requireText } from './arguments'
 import type { CodebookContents } from './codebook-file'
 import { readBuffer, readFile, readFileSync, tableElements, writeBuffer, writeFile, writeFileSync } from './codebook-file'
-import type { CodebookMetadata, CodebookShape, LearnedFrom, RotarySpec } from './codebook-metadata'
-import { readMetadata, readShape, writeMetadata } from './codebook-metadata'
-import type { Codec, CodecLike } from './codec'
-import { codec } from './codec'
+import type { CodebookMetadata, CodebookShape, GivenCodecs, LearnedFrom, RotarySpec } from './codebook-metadata'
+import { formatVersionOf, readMetadata, readShape, writeMetadata } from './codebook-metadata'
+import type { Codec, CodecLike, HeadCodecs, HeadCodecsLike, LayerCodecs } from './codec'
+import { commonCodec } from './codec'
 import { CoupletError, describe, disposedError, throwExpected, typeError } from './errors'
 import { parseJson } from './json'
 import { requireSignal } from './native/call'
@@ -14,14 +14,23 @@ export type { CodebookMetadata, LearnedFrom, RotarySpec }
 
 /** Where the tables of {@link Codebook.fromTables} come from. */
 export interface CodebookTables {
-  /** One per layer: float32 [kvHeads][groups][centroids][groupChannels]. Copied. */
+  /** One per layer: float32 [kvHeads][groups][centroids][groupChannels], or its parts one after another, each of its heads. Copied. */
   keyTables: readonly Float32Array[]
   valueTables: readonly Float32Array[]
-  keyCodec: CodecLike
-  valueCodec: CodecLike
+  /** Of all layers and heads; or `codecs`. */
+  keyCodec?: CodecLike | undefined
+  valueCodec?: CodecLike | undefined
+  /** Of every layer its parts, which cover its kv heads in their order. */
+  codecs?: readonly (readonly HeadCodecsLike[])[] | undefined
   kvHeads: number
   headDim: number
   metadata?: Partial<CodebookMetadata> | undefined
+}
+
+/** A part of a layer with its tables, float32 [heads][groups][centroids][groupChannels]: the codebook's own memory, not to be written. */
+export interface CodebookPart extends HeadCodecs {
+  readonly keyTable: Float32Array
+  readonly valueTable: Float32Array
 }
 
 /** What a model needs of a codebook; what is absent is not compared. */
@@ -47,8 +56,11 @@ export interface SaveOptions {
  * format version.
  */
 export class Codebook {
-  readonly keyCodec: Codec
-  readonly valueCodec: Codec
+  /** Of all layers and heads; undefined where they differ. */
+  readonly keyCodec: Codec | undefined
+  readonly valueCodec: Codec | undefined
+  /** Of every layer, one part for its kv heads, or several that differ. */
+  readonly codecs: LayerCodecs
   readonly layers: number
   readonly kvHeads: number
   readonly headDim: number
@@ -56,9 +68,10 @@ export class Codebook {
   #contents: CodebookContents | undefined
 
   private constructor(contents: CodebookContents) {
-    const { keyCodec, valueCodec, layers, kvHeads, headDim } = contents.shape
-    this.keyCodec = keyCodec
-    this.valueCodec = valueCodec
+    const { codecs, layers, kvHeads, headDim } = contents.shape
+    this.keyCodec = commonCodec(codecs, 'keyCodec')
+    this.valueCodec = commonCodec(codecs, 'valueCodec')
+    this.codecs = codecs
     this.layers = layers
     this.kvHeads = kvHeads
     this.headDim = headDim
@@ -95,17 +108,17 @@ export class Codebook {
     requireObject(tables, 'tables')
     const { keyTables, valueTables, kvHeads, headDim, metadata } = tables
     if (metadata !== undefined) requireObject(metadata, 'metadata')
-    const keyCodec = codec(tables.keyCodec)
-    const valueCodec = codec(tables.valueCodec)
     if (!Array.isArray(keyTables)) throwExpected('an array', 'keyTables', keyTables)
     if (!Array.isArray(valueTables)) throwExpected('an array', 'valueTables', valueTables)
-    const shape = readShape({ keyCodec, valueCodec, layers: keyTables.length, kvHeads, headDim })
+    const shape = readShape({ ...givenCodecs(tables), layers: keyTables.length, kvHeads, headDim })
+    const checked = (list: readonly Float32Array[], side: 'key' | 'value') =>
+      list.map((table, layer) => checkedTable(table, `${side}Tables`, layer, tableElements(shape.codecs[layer]!, shape.headDim, side)))
     if (valueTables.length !== shape.layers) throwExpected(`${shape.layers} tables`, 'valueTables.length', valueTables.length, true)
     return new Codebook({
       shape,
       metadata: checkedMetadata(shape, metadata),
-      keyTables: keyTables.map((table, layer) => checkedTable(table, 'keyTables', layer, tableElements(shape, keyCodec))),
-      valueTables: valueTables.map((table, layer) => checkedTable(table, 'valueTables', layer, tableElements(shape, valueCodec))),
+      keyTables: checked(keyTables, 'key'),
+      valueTables: checked(valueTables, 'value'),
     })
   }
 
@@ -126,7 +139,10 @@ export class Codebook {
     return writeBuffer(this.#use(), tensorType(options))
   }
 
-  /** float32 [kvHeads][groups][centroids][groupChannels] of the key side of a layer; the codebook's own memory, not to be written. */
+  /**
+   * float32 [kvHeads][groups][centroids][groupChannels] of the key side of a layer, or that of its parts one after another; the codebook's own
+   * memory, not to be written.
+   */
   keyTable(layer: number): Float32Array {
     return tableOf(this.#use().keyTables, layer)
   }
@@ -134,6 +150,15 @@ export class Codebook {
   /** Likewise of the value side. */
   valueTable(layer: number): Float32Array {
     return tableOf(this.#use().valueTables, layer)
+  }
+
+  /** The parts of a layer, each with its own tables. */
+  parts(layer: number): CodebookPart[] {
+    const [keys, values] = [this.keyTable(layer), this.valueTable(layer)]
+    const rest = { key: 0, value: 0 }
+    const take = (table: Float32Array, side: 'key' | 'value', part: HeadCodecs): Float32Array =>
+      table.subarray(rest[side], rest[side] += tableElements([part], this.headDim, side))
+    return this.codecs[layer]!.map((part) => ({ ...part, keyTable: take(keys, 'key', part), valueTable: take(values, 'value', part) }))
   }
 
   /**
@@ -168,7 +193,18 @@ export class Codebook {
 function checkedMetadata(shape: CodebookShape, given: Partial<CodebookMetadata> = {}): CodebookMetadata {
   const { rotary = null, model = null, learned = null } = given
   // Through the text that a file would hold: what a file could not say is refused here already.
-  return readMetadata(parseJson(metadataText(shape, { formatVersion: 1, rotary, model, learned }))).metadata
+  return readMetadata(parseJson(metadataText(shape, { formatVersion: formatVersionOf(shape), rotary, model, learned }))).metadata
+}
+
+function givenCodecs({ keyCodec, valueCodec, codecs }: CodebookTables): GivenCodecs {
+  if (codecs === undefined) return { keyCodec: keyCodec as CodecLike, valueCodec: valueCodec as CodecLike }
+  if (keyCodec !== undefined || valueCodec !== undefined) throwExpected('either `codecs` or `keyCodec` and `valueCodec`', 'codecs', codecs)
+  if (!Array.isArray(codecs)) throwExpected('an array', 'codecs', codecs)
+  codecs.forEach((parts, layer) => {
+    if (!Array.isArray(parts)) throwExpected('an array', `codecs[${layer}]`, parts)
+    parts.forEach((part) => { requireObject(part, `codecs[${layer}]`) })
+  })
+  return { codecs }
 }
 
 function metadataText(shape: CodebookShape, metadata: CodebookMetadata): string {

@@ -18,6 +18,25 @@ export interface Codec {
 /** A codec, or what {@link codec} makes one of. */
 export type CodecLike = string | Pick<Codec, 'groupChannels' | 'codeBits'>
 
+/** Neighbouring kv heads of a layer that share a pair of codecs. */
+export interface HeadCodecs {
+  readonly firstHead: number
+  readonly heads: number
+  readonly keyCodec: Codec
+  readonly valueCodec: Codec
+}
+
+/** {@link HeadCodecs} as they are given: parts of a layer, in the order of its heads. */
+export interface HeadCodecsLike {
+  /** Default all of the layer's kv heads. */
+  heads?: number | undefined
+  keyCodec: CodecLike
+  valueCodec: CodecLike
+}
+
+/** `[layers]`, and of each its parts, which cover all kv heads. */
+export type LayerCodecs = readonly (readonly HeadCodecs[])[]
+
 const maxGroupChannels = 256
 const maxCodeBits = 12
 
@@ -47,4 +66,17 @@ function parse(name: string): { groupChannels: number; codeBits: number } {
 function members(like: Exclude<CodecLike, string>): { groupChannels: number; codeBits: number } {
   if (typeof like !== 'object' || (like as unknown) === null) throwExpected('a name such as "cq-8c8b" or { groupChannels, codeBits }', 'codec', like)
   return like
+}
+
+/** The codec of a side in all layers and heads, or undefined where they differ. */
+export function commonCodec(codecs: LayerCodecs, side: 'keyCodec' | 'valueCodec'): Codec | undefined {
+  const first = codecs[0]?.[0]?.[side]
+  return codecs.every((parts) => parts.every((part) => part[side].name === first?.name)) ? first : undefined
+}
+
+/** Bits of a code by channel, over all layers, heads and both sides. */
+export function meanBits(codecs: LayerCodecs): number {
+  const parts = codecs.flat()
+  const sum = parts.reduce((bits, { heads, keyCodec, valueCodec }) => bits + heads * (keyCodec.bitsPerChannel + valueCodec.bitsPerChannel), 0)
+  return sum / parts.reduce((sides, { heads }) => sides + 2 * heads, 0)
 }

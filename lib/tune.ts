@@ -4,6 +4,7 @@ import { requireCallOptions, requireInteger, requireObject } from './arguments'
 import { hashTokens, tokenIds } from './calibrate/text'
 import { chunks } from './chunks'
 import { Codebook } from './codebook'
+import type { Codec } from './codec'
 import { rangeError, throwExpected } from './errors'
 import { adamStep, groupSpreads } from './gradient/adam'
 import { sides } from './gradient/attention'
@@ -99,8 +100,7 @@ export async function tune(options: TuneOptions): Promise<Tuned> {
     using reference = await DecoderModel.load(options.model, threads)
     const { shape, fingerprint } = reference
     codebook.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
-    const codecs = { key: codebook.keyCodec, value: codebook.valueCodec }
-    using model = await CodedGradientModel.load(reference.file, { codecs, sinks: plan.sinks, window: plan.window, ...threads })
+    using model = await CodedGradientModel.load(reference.file, { codecs: codebook.codecs, sinks: plan.sinks, window: plan.window, ...threads })
     const heldOut = plan.heldOut ?? Math.min(16, Math.max(1, Math.floor(texts.length / 10)))
     if (heldOut >= texts.length) throw rangeError(`Expected fewer than ${texts.length} chunks, all of the text, for \`heldOut\` but received ${heldOut}`)
     const text = hashTokens(tokens)
@@ -205,9 +205,10 @@ class Tuning {
     const layers = Array.from({ length: codebook.layers }, (_, layer) => layer)
     const start: Tables = { key: layers.map((layer) => codebook.keyTable(layer)), value: layers.map((layer) => codebook.valueTable(layer)) }
     this.#tables = { current: copied(start), mean: zeros(start), square: zeros(start), best: copied(start) }
+    const spreads = (table: Float32Array, { centroids, groupChannels }: Codec): Float64Array => groupSpreads(table, centroids, groupChannels)
     this.#spreads = {
-      key: start.key.map((table) => groupSpreads(table, codebook.keyCodec.centroids, codebook.keyCodec.groupChannels)),
-      value: start.value.map((table) => groupSpreads(table, codebook.valueCodec.centroids, codebook.valueCodec.groupChannels)),
+      key: layers.map((layer) => joined(codebook.parts(layer).map(({ keyTable, keyCodec }) => spreads(keyTable, keyCodec)))),
+      value: layers.map((layer) => joined(codebook.parts(layer).map(({ valueTable, valueCodec }) => spreads(valueTable, valueCodec)))),
     }
   }
 
@@ -228,11 +229,11 @@ class Tuning {
 
   /** The best tables. `text`: hash of what they were tuned on. */
   codebook(text: string, { bestStep }: TuneProgressState): Codebook {
-    const { keyCodec, valueCodec, kvHeads, headDim, metadata } = this.#start
+    const { codecs, kvHeads, headDim, metadata } = this.#start
     const { window, sinks } = this.#plan
     const learned = metadata.learned && bestStep > 0 ? { ...metadata.learned, tuned: { steps: bestStep, window, sinks, text } } : metadata.learned
     const { key, value } = this.#tables.best
-    return Codebook.fromTables({ keyTables: key, valueTables: value, keyCodec, valueCodec, kvHeads, headDim, metadata: { ...metadata, learned } })
+    return Codebook.fromTables({ keyTables: key, valueTables: value, codecs, kvHeads, headDim, metadata: { ...metadata, learned } })
   }
 
   async #begin(signal: AbortSignal | undefined): Promise<TuneProgressState> {
@@ -277,3 +278,4 @@ class Tuning {
 const copied = ({ key, value }: Tables): Tables => ({ key: key.map((table) => table.slice()), value: value.map((table) => table.slice()) })
 const zeros = ({ key, value }: Tables): Tables =>
   ({ key: key.map((table) => new Float32Array(table.length)), value: value.map((table) => new Float32Array(table.length)) })
+const joined = (arrays: readonly Float64Array[]): Float64Array => Float64Array.from(arrays.flatMap((array) => [...array]))

@@ -51,7 +51,7 @@ export function calibrateCommand(signal: AbortSignal): Command {
         })
         progress.stop()
         await codebook.save(flags.out)
-        console.log(`${flags.out}: ${codebook.keyCodec.name}, ${codebook.layers} layers, ${codebook.kvHeads} kv heads, headDim ${codebook.headDim}, learned from ${codebook.metadata.learned?.tokens ?? 0} tokens`)
+        console.log(`${flags.out}: ${codebook.keyCodec?.name}, ${codebook.layers} layers, ${codebook.kvHeads} kv heads, headDim ${codebook.headDim}, learned from ${codebook.metadata.learned?.tokens ?? 0} tokens`)
         codebook.dispose()
       } finally {
         progress.stop()

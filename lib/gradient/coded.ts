@@ -1,4 +1,4 @@
-import type { Codec } from '../codec'
+import type { Codec, HeadCodecs, LayerCodecs } from '../codec'
 import type { NativeFeed } from '../native/onnxruntime'
 import type { ModelShape } from '../onnx/decoder'
 import { openDecoder } from '../onnx/decoder'
@@ -12,11 +12,11 @@ import { divergenceFeeds, divergenceLoss } from './loss'
 import { decoderFeeds, floatsOf, gradientName, lossName } from './model'
 import { GraphSession } from './session'
 
-/** Centroids of all layers: for each, float32 [kvHeads][groups][centroids][groupChannels]. */
+/** Centroids of all layers: for each, its parts one after another, float32 [heads][groups][centroids][groupChannels]. */
 export type Tables = Record<Side, Float32Array[]>
 
 export interface CodedGradientOptions {
-  codecs: Record<Side, Codec>
+  codecs: LayerCodecs
   /** Tokens in full precision, as evaluate has them. */
   sinks: number
   window: number
@@ -29,9 +29,34 @@ export interface CodedBatch {
   logits: Float32Array
 }
 
-const tablesName = (layer: number, side: Side): string => `${rowsName(layer, side)}.tables`
 const codedName = (layer: number, side: Side): string => `${rowsName(layer, side)}.coded`
-const codesName = (layer: number, side: Side): string => `${rowsName(layer, side)}.codes`
+
+/** One side of some heads of a layer: what is coded by tables of its own. */
+interface CodedPart {
+  layer: number
+  side: Side
+  firstHead: number
+  heads: number
+  codec: Codec
+  /** float32 [groups of its heads][centroids][groupChannels]: place in the table of its layer and side. */
+  begin: number
+  end: number
+}
+
+const tablesName = ({ layer, side, firstHead }: CodedPart): string => `${rowsName(layer, side)}.tables.${firstHead}`
+const codesName = ({ layer, side, firstHead }: CodedPart): string => `${rowsName(layer, side)}.codes.${firstHead}`
+
+function codedParts(codecs: LayerCodecs, headDim: number): CodedPart[] {
+  return codecs.flatMap((parts, layer) => sides.flatMap((side) => {
+    let end = 0
+    return parts.map(({ firstHead, heads, ...part }: HeadCodecs): CodedPart => {
+      const codec = side === 'key' ? part.keyCodec : part.valueCodec
+      const begin = end
+      end += heads * headDim * codec.centroids
+      return { layer, side, firstHead, heads, codec, begin, end }
+    })
+  }))
+}
 
 /**
  * A decoder that reads keys and values from codes, with the gradient of the KL divergence from its full-precision logits
@@ -40,25 +65,29 @@ const codesName = (layer: number, side: Side): string => `${rowsName(layer, side
 export class CodedGradientModel {
   readonly shape: ModelShape
   readonly fingerprint: () => Promise<string>
-  readonly #codecs: Record<Side, Codec>
+  readonly #parts: readonly CodedPart[]
   readonly #session: GraphSession
   readonly #feeds: (batch: CodedBatch) => NativeFeed[]
 
-  private constructor(parts: {
-    shape: ModelShape; fingerprint: () => Promise<string>; codecs: Record<Side, Codec>; session: GraphSession; feeds: (batch: CodedBatch) => NativeFeed[]
+  private constructor(made: {
+    shape: ModelShape; fingerprint: () => Promise<string>; parts: readonly CodedPart[]; session: GraphSession; feeds: (batch: CodedBatch) => NativeFeed[]
   }) {
-    this.shape = parts.shape
-    this.fingerprint = parts.fingerprint
-    this.#codecs = parts.codecs
-    this.#session = parts.session
-    this.#feeds = parts.feeds
+    this.shape = made.shape
+    this.fingerprint = made.fingerprint
+    this.#parts = made.parts
+    this.#session = made.session
+    this.#feeds = made.feeds
   }
 
   /** @throws {CoupletError} `ERR_COUPLET_UNSUPPORTED_MODEL` naming the node through which couplet cannot compute a gradient */
   static async load(path: string, { codecs, sinks, window, threads = 0 }: CodedGradientOptions): Promise<CodedGradientModel> {
     const decoder = await openDecoder(path)
     const { graph, folder, layers, shape, fingerprint } = decoder
-    const coded = (build: GraphBuilder, layer: number, side: Side, rows: string) => addCoding(build, { layer, side, rows, shape, codec: codecs[side] })
+    const parts = codedParts(codecs, shape.headDim)
+    const coded = (build: GraphBuilder, layer: number, side: Side, rows: string) => {
+      const own = parts.filter((part) => part.layer === layer && part.side === side)
+      return addCoding(build, { rows, headDim: shape.headDim, parts: own, output: codedName(layer, side) })
+    }
     const attentionFeeds = expandAttention(graph, layers, { coded, sinks, window })
     const build = new GraphBuilder(graph, 'couplet.loss')
     const loss = divergenceLoss(build, 'logits')
@@ -68,10 +97,8 @@ export class CodedGradientModel {
     const gradients = await differentiate(graph, { seeds: new Map([['logits', loss.gradient]]), targets, folder })
     graph.graph.output = []
     build.output(loss.value, lossName)
-    for (const { layer, side } of places) {
-      build.declare(codesName(layer, side), DataType.int64)
-      build.output(gradients.get(codedName(layer, side))!, gradientName(layer, side))
-    }
+    for (const part of parts) build.declare(codesName(part), DataType.int64)
+    for (const { layer, side } of places) build.output(gradients.get(codedName(layer, side))!, gradientName(layer, side))
     graph.graph.node.push(...build.take())
     removeUnused(graph)
     const feeds = ({ texts, logits }: CodedBatch) => {
@@ -79,24 +106,24 @@ export class CodedGradientModel {
       const dims = [texts.length, tokens, logits.length / tokens / texts.length]
       return [...decoderFeeds(decoder, texts), ...attentionFeeds(tokens), ...divergenceFeeds(logits, dims)]
     }
-    return new CodedGradientModel({ shape, fingerprint, codecs, session: await GraphSession.create(graph, { folder, threads }), feeds })
+    return new CodedGradientModel({ shape, fingerprint, parts, session: await GraphSession.create(graph, { folder, threads }), feeds })
   }
 
   /** Mean KL divergence over all tokens; with `gradients`, those with respect to every centroid are added to them. */
   async run(batch: CodedBatch, tables: Tables, { gradients, signal }: { gradients?: Tables; signal?: AbortSignal | undefined } = {}): Promise<number> {
-    const { layers, kvHeads, headDim } = this.shape
-    const tableFeeds = sides.flatMap((side) => tables[side].map((data, layer): NativeFeed => {
-      const { groupChannels, centroids } = this.#codecs[side]
-      return { name: tablesName(layer, side), type: DataType.float, dims: [kvHeads * headDim / groupChannels, centroids, groupChannels], data }
-    }))
+    const { kvHeads, headDim } = this.shape
+    const tableFeeds = this.#parts.map((part): NativeFeed => {
+      const { layer, side, heads, begin, end, codec: { groupChannels, centroids } } = part
+      const data = tables[side][layer]!.subarray(begin, end)
+      return { name: tablesName(part), type: DataType.float, dims: [heads * headDim / groupChannels, centroids, groupChannels], data }
+    })
     const outputs = await this.#session.run([...this.#feeds(batch), ...tableFeeds], signal)
-    for (const side of gradients ? sides : []) {
-      const { groupChannels, centroids } = this.#codecs[side]
-      for (let layer = 0; layer < layers; layer++) {
-        const codes = new BigInt64Array(outputs.get(codesName(layer, side))!.data)
-        const rows = floatsOf(outputs, gradientName(layer, side))
-        addByCode(gradients![side][layer]!, { codes, rows, groups: kvHeads * headDim / groupChannels, groupChannels, centroids })
-      }
+    for (const part of gradients ? this.#parts : []) {
+      const { layer, side, firstHead, heads, begin, end, codec: { groupChannels, centroids } } = part
+      const codes = new BigInt64Array(outputs.get(codesName(part))!.data)
+      const rows = floatsOf(outputs, gradientName(layer, side)).subarray(firstHead * headDim)
+      const sums = gradients![side][layer]!.subarray(begin, end)
+      addByCode(sums, { codes, rows, rowStride: kvHeads * headDim, groups: heads * headDim / groupChannels, groupChannels, centroids })
     }
     return floatsOf(outputs, lossName)[0]!
   }
@@ -111,21 +138,37 @@ export class CodedGradientModel {
 }
 
 interface CodingSite {
-  layer: number
-  side: Side
   rows: string
-  shape: ModelShape
-  codec: Codec
+  headDim: number
+  /** Of a layer and side, all heads. */
+  parts: readonly CodedPart[]
+  output: string
+}
+
+/** rows [texts][tokens][kvHeads][headDim] -> what their codes stand for, part by part. */
+function addCoding(build: GraphBuilder, { rows, headDim, parts, output }: CodingSite): string {
+  if (parts.length === 1) return addNearest(build, { part: parts[0]!, headDim, rows, outputs: [output] })
+  const split = build.addAll('Split', [rows, build.integers(parts.map(({ heads }) => heads))], { attributes: { axis: 2 }, outputs: parts.length })
+  const coded = parts.map((part, index) => addNearest(build, { part, headDim, rows: split[index]! }))
+  return build.add('Concat', coded, { attributes: { axis: 2 }, outputs: [output] })
+}
+
+interface NearestSite {
+  part: CodedPart
+  headDim: number
+  rows: string
+  outputs?: [string]
 }
 
 /**
- * Nearest centroids as plain operators. rows [texts][tokens][kvHeads][headDim] -> points [groups of all heads][points][groupChannels];
+ * Nearest centroids as plain operators. rows [texts][tokens][heads][headDim] -> points [groups of all heads][points][groupChannels];
  * distances, but for |x|^2, as one product of (x, 1) and (-2 C, |C|^2), both relative to the mean centroid: keys have channels whose mean
  * is many times their spread, and there |C|^2 - 2 x.C would cancel.
  */
-function addCoding(build: GraphBuilder, { layer, side, rows, shape: { kvHeads, headDim }, codec: { groupChannels, centroids } }: CodingSite): string {
-  const groups = (kvHeads * headDim) / groupChannels
-  const tables = build.input(tablesName(layer, side), DataType.float, [groups, centroids, groupChannels])
+function addNearest(build: GraphBuilder, { part, headDim, rows, outputs }: NearestSite): string {
+  const { groupChannels, centroids } = part.codec
+  const groups = (part.heads * headDim) / groupChannels
+  const tables = build.input(tablesName(part), DataType.float, [groups, centroids, groupChannels])
   const swap = (value: string) => build.add('Transpose', [value], { attributes: { perm: [1, 0, 2] } })
   const points = swap(build.add('Reshape', [rows, build.integers([-1, groups, groupChannels])]))
   const mean = build.reduce('ReduceMean', tables, [1])
@@ -137,30 +180,31 @@ function addCoding(build: GraphBuilder, { layer, side, rows, shape: { kvHeads, h
   const ones = build.add('Expand', [build.floats(Float32Array.of(1), [1]), sizes])
   const right = append(build.add('Mul', [centered, build.floats(Float32Array.of(-2), [])]), norms)
   const distances = build.matmul(append(near, ones), right, { transB: true })
-  const codes = build.add('ArgMin', [distances], { attributes: { axis: 2, keepdims: 0 }, outputs: [codesName(layer, side)] })
+  const codes = build.add('ArgMin', [distances], { attributes: { axis: 2, keepdims: 0 }, outputs: [codesName(part)] })
   const offsets = build.integers(Array.from({ length: groups }, (_, group) => group * centroids), [groups, 1])
   const flat = build.add('Reshape', [tables, build.integers([-1, groupChannels])])
   const decoded = build.add('Gather', [flat, build.add('Add', [codes, offsets])], { attributes: { axis: 0 } })
-  return build.add('Reshape', [swap(decoded), build.add('Shape', [rows])], { outputs: [codedName(layer, side)] })
+  return build.add('Reshape', [swap(decoded), build.add('Shape', [rows])], outputs ? { outputs } : {})
 }
 
 interface CodedRows {
   /** [groups][points] */
   codes: BigInt64Array
-  /** float32 [points][groups][groupChannels] */
+  /** float32 [points][groups][groupChannels], points rowStride elements apart. */
   rows: Float32Array
+  rowStride: number
   groups: number
   groupChannels: number
   centroids: number
 }
 
 /** Adds to every centroid, [groups][centroids][groupChannels], the rows that are coded by it. */
-function addByCode(sums: Float32Array, { codes, rows, groups, groupChannels, centroids }: CodedRows): void {
+function addByCode(sums: Float32Array, { codes, rows, rowStride, groups, groupChannels, centroids }: CodedRows): void {
   const points = codes.length / groups
   for (let group = 0; group < groups; group++) {
     for (let point = 0; point < points; point++) {
       const to = (group * centroids + Number(codes[group * points + point])) * groupChannels
-      const from = (point * groups + group) * groupChannels
+      const from = point * rowStride + group * groupChannels
       for (let channel = 0; channel < groupChannels; channel++) sums[to + channel]! += rows[from + channel]!
     }
   }

@@ -15,13 +15,15 @@ export interface NativeCodec {
   codeBits: number
 }
 
-/** couplet::Codebook::Shape (native/cache/cache.h) and its tables: one per layer, [kvHeads][groups][centroids][groupChannels], copied. */
+/**
+ * couplet::Codebook::Shape (native/cache/cache.h) and its tables: one per layer, its parts one after another,
+ * [heads][groups][centroids][groupChannels], copied.
+ */
 export interface NativeCodebookArguments extends NativeDevice {
   layers: number
   kvHeads: number
   headDim: number
-  keyCodec: NativeCodec
-  valueCodec: NativeCodec
+  codecs: readonly (readonly { heads: number; keyCodec: NativeCodec; valueCodec: NativeCodec }[])[]
   keyTables: Float32Array[]
   valueTables: Float32Array[]
 }

@@ -116,8 +116,8 @@ export class CoupledCache {
       const layer = layers.indexOf(Number(number))
       const isKey = side === 'key'
       this.#entries.set(name, new CodedEntry(name, entries[name]!, {
-        table: isKey ? codebook.keyTable(layer) : codebook.valueTable(layer),
-        codec: isKey ? codebook.keyCodec : codebook.valueCodec,
+        parts: codebook.parts(layer).map(({ firstHead, heads, keyCodec, keyTable, valueCodec, valueTable }) =>
+          ({ firstHead, heads, ...(isKey ? { codec: keyCodec, table: keyTable } : { codec: valueCodec, table: valueTable }) })),
         rotation: isKey ? this.#rotation : undefined,
         sinks, window, padding, threads,
       }))

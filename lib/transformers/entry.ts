@@ -20,11 +20,19 @@ export interface CacheTensor {
 }
 export type CacheTensorClass = new (type: string, data: Elements, dims: readonly number[]) => CacheTensor
 
+/** Neighbouring heads that share a codec. */
+export interface EntryPart {
+  readonly firstHead: number
+  readonly heads: number
+  readonly codec: Codec
+  /** float32 [heads][groups][centroids][groupChannels] */
+  readonly table: Float32Array
+}
+
 /** How the rows of an entry are coded. */
 export interface EntryCoding {
-  /** float32 [kvHeads][groups][centroids][groupChannels] */
-  readonly table: Float32Array
-  readonly codec: Codec
+  /** They cover all heads. */
+  readonly parts: readonly EntryPart[]
   /** Of key rows that the graph hands out rotated. */
   readonly rotation: Rotation | undefined
   readonly sinks: number
@@ -46,9 +54,10 @@ export class CodedEntry {
   readonly #shape: { batch: number; heads: number; channels: number; type: string }
   readonly #sinks: Rows
   readonly #tail: Rows
-  readonly #pageBytes: number
-  /** For each row of the batch [pages][kvHeads][page bytes], the first #pages of them in use. */
-  readonly #codes: Uint8Array[]
+  /** Of the heads of each part. */
+  readonly #pageBytes: readonly number[]
+  /** For each row of the batch and each part [pages][heads][page bytes], the first #pages of them in use. */
+  readonly #codes: Uint8Array[][]
   #pages = 0
   #length = 0
   #class: CacheTensorClass
@@ -61,8 +70,8 @@ export class CodedEntry {
     this.#shape = { batch, heads, channels, type: first.type }
     this.#sinks = new Rows(like, batch * heads, channels)
     this.#tail = new Rows(like, batch * heads, channels)
-    this.#pageBytes = codesBytes({ codec: coding.codec, tokens: PAGE_TOKENS, kvHeads: heads, headDim: channels })
-    this.#codes = Array.from({ length: batch }, () => new Uint8Array(0))
+    this.#pageBytes = coding.parts.map((part) => codesBytes({ codec: part.codec, tokens: PAGE_TOKENS, kvHeads: part.heads, headDim: channels }))
+    this.#codes = Array.from({ length: batch }, () => coding.parts.map(() => new Uint8Array(0)))
     this.#class = first.constructor as CacheTensorClass
   }
 
@@ -79,7 +88,7 @@ export class CodedEntry {
   }
 
   get bytes(): number {
-    return this.#codes.reduce((sum, codes) => sum + codes.byteLength, this.#sinks.bytes + this.#tail.bytes)
+    return this.#codes.flat().reduce((sum, codes) => sum + codes.byteLength, this.#sinks.bytes + this.#tail.bytes)
   }
 
   /** Takes the tensor that a step returned: all rows so far and the new ones behind them. */
@@ -144,10 +153,9 @@ export class CodedEntry {
         rotation.undo(unrotated, shape, first - (padding[row] ?? 0))
         rows = unrotated
       }
-      const at = this.#pages * this.#pageBytes
-      const codes = grown(this.#codes[row]!, at + pages * this.#pageBytes)
-      this.#codes[row] = codes
-      encodeSync(rows, { ...this.#call(pages), headStride, out: codes.subarray(at, at + pages * this.#pageBytes) })
+      for (const part of this.#parts(row, this.#pages, pages)) {
+        encodeSync(rows.subarray(part.firstHead * headStride), { ...part.call, headStride, out: part.codes })
+      }
       this.#decode(data, tokens, row, this.#pages, pages)
     }
     this.#pages += pages
@@ -160,23 +168,32 @@ export class CodedEntry {
     const first = sinks + page * PAGE_TOKENS
     const shape = { heads, tokens: pages * PAGE_TOKENS, channels }
     const place = { rows: data, offset: (row * heads * tokens + first) * channels, headStride: tokens * channels }
-    const codes = this.#codes[row]!.subarray(page * this.#pageBytes, (page + pages) * this.#pageBytes)
+    const decodeTo = (rows: Elements, headStride: number): void => {
+      for (const { firstHead, codes, call } of this.#parts(row, page, pages)) {
+        decodeSync(codes, { ...call, headStride, out: rows.subarray(firstHead * headStride) })
+      }
+    }
     if (!rotation) {
-      decodeSync(codes, { ...this.#call(pages), headStride: place.headStride, out: data.subarray(place.offset) })
+      decodeTo(data.subarray(place.offset), place.headStride)
       return
     }
     const headStride = shape.tokens * channels
     const rows = new Float32Array(heads * headStride)
-    decodeSync(codes, { ...this.#call(pages), headStride, out: rows })
+    decodeTo(rows, headStride)
     rotation.apply(rows, shape, first - (padding[row] ?? 0))
     copyRows({ rows, offset: 0, headStride }, place, shape)
   }
 
-  /** What encode and decode of `pages` pages have in common. */
-  #call(pages: number): Omit<DecodeSyncOptions, 'out'> {
-    const { heads, channels } = this.#shape
-    const { table, codec, threads } = this.#coding
-    return { tables: table, codec, tokens: pages * PAGE_TOKENS, kvHeads: heads, headDim: channels, tokenStride: channels, threads }
+  /** `pages` pages of a row of the batch from page `first` on, by part: their codes, with room made for them, and what encode and decode have in common. */
+  #parts(row: number, first: number, pages: number): { firstHead: number; codes: Uint8Array; call: Omit<DecodeSyncOptions, 'out'> }[] {
+    const { channels } = this.#shape
+    const { parts, threads } = this.#coding
+    return parts.map(({ firstHead, heads, codec, table }, index) => {
+      const [begin, end] = [first * this.#pageBytes[index]!, (first + pages) * this.#pageBytes[index]!]
+      const codes = this.#codes[row]![index] = grown(this.#codes[row]![index]!, end)
+      const call = { tables: table, codec, tokens: pages * PAGE_TOKENS, kvHeads: heads, headDim: channels, tokenStride: channels, threads }
+      return { firstHead, codes: codes.subarray(begin, end), call }
+    })
   }
 }
 

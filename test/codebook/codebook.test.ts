@@ -19,8 +19,8 @@ describe('Codebook', () => {
   it('says what it is made of', () => {
     const tables = sampleTables()
     const codebook = sampleCodebook()
-    assert.equal(codebook.keyCodec.name, 'cq-4c3b')
-    assert.equal(codebook.valueCodec.name, 'cq-8c2b')
+    assert.equal(codebook.keyCodec?.name, 'cq-4c3b')
+    assert.equal(codebook.valueCodec?.name, 'cq-8c2b')
     assert.deepEqual([codebook.layers, codebook.kvHeads, codebook.headDim], [2, 2, 16])
     assert.deepEqual(codebook.metadata, learned)
     assert.deepEqual(codebook.keyTable(1), tables.keyTables[1])

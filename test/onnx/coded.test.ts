@@ -19,8 +19,8 @@ const small = { keyTables: tables(16, 1), valueTables: tables(16, 2), keyCodec: 
 
 describe('onnx on codes', () => {
   const folder = temporaryFolder()
-  for (const [codec, groupChannels, centroids] of [['cq-8c8b', 8, 256], ['cq-2c4b', 2, 16]] as const) {
-    for (const [sinks, window] of [[0, 1], [0, 0], [2, 5]] as const) {
+  for (const [codec, groupChannels, centroids] of [['cq-8c8b', 8, 256], ['cq-2c4b', 2, 16], ['cq-16c8b', 16, 256], ['cq-16c12b', 16, 4096]] as const) {
+    for (const [sinks, window] of groupChannels === 16 ? [[2, 5]] as const : [[0, 1], [0, 0], [2, 5]] as const) {
       it(`agrees with a double reference: ${codec}, ${sinks} sinks, window ${window}`, async () => {
         const graph = decoder(shape)
         const [keyTables, valueTables] = [tables(centroids, 1), tables(centroids, 2)]

@@ -151,6 +151,31 @@ describe('CoupledCache', function () {
       })
     })
 
+    it('codes each head by its own codecs', () => {
+      const pairs = [{ keyCodec: '4c2b', valueCodec: '16c3b' }, { keyCodec: '8c4b', valueCodec: '2c1b' }]
+      const table = (name: string) => Float32Array.from({ length: 16 * codec(name).centroids }, () => random() * 4 - 2)
+      const own = pairs.map(({ keyCodec, valueCodec }) => ({ key: table(keyCodec), value: table(valueCodec) }))
+      const bookOf = (parts: readonly number[]) => Codebook.fromTables({
+        keyTables: tables().map(() => Float32Array.from(parts.flatMap((part) => [...own[part]!.key]))),
+        valueTables: tables().map(() => Float32Array.from(parts.flatMap((part) => [...own[part]!.value]))),
+        codecs: tables().map(() => parts.map((part) => ({ heads: 1, ...pairs[part]! }))), kvHeads: 2, headDim: 16,
+        metadata: { rotary: { kind: 'half', dim: 12, theta: 10000 } },
+      })
+      const read = (parts: readonly number[]): Entries => {
+        const { given } = entries(200)
+        const cache = open({ codebook: bookOf(parts) })
+        cache.update(given)
+        assert.equal(cache.statistics().codedTokens, 128)
+        return given // codes have been put in their place
+      }
+      const [mixed, first, second] = [[0, 1], [0, 0], [1, 1]].map(read) as [Entries, Entries, Entries]
+      for (const [name, { data }] of Object.entries(mixed)) {
+        const half = (data as Float32Array).length / 2
+        assert.deepEqual((data as Float32Array).subarray(0, half), (first[name]!.data as Float32Array).subarray(0, half))
+        assert.deepEqual((data as Float32Array).subarray(half), (second[name]!.data as Float32Array).subarray(half))
+      }
+    })
+
     it('takes float16 as well', () => {
       const cache = open()
       const { given, exact } = entries(140, { type: 'float16' })

@@ -1,11 +1,12 @@
 /**
  * A codebook from a file: whatever `couplet calibrate` or `couplet tune` wrote for the model, in the table beside plain CQ. Keys before
- * rotary embedding. Bits: b / c of each side, nothing else a token.
+ * rotary embedding. Bits: b / c of each side, mean over layers and heads where they differ; nothing else a token.
  */
 import { createHash } from 'node:crypto'
 import { readFileSync } from 'node:fs'
 import path from 'node:path'
 import { Codebook } from '../../../lib/codebook'
+import { meanBits } from '../../../lib/codec'
 import type { Method, Quantizer } from './method'
 import { toCentroids } from './product'
 
@@ -13,24 +14,24 @@ import { toCentroids } from './product'
 export function codebookFile(file: string): Method & { identity: string } {
   const bytes = readFileSync(file)
   using given = Codebook.fromBuffer(bytes)
-  const { keyCodec, valueCodec } = given
+  const bits = meanBits(given.codecs)
   return {
     name: path.basename(file).replace(/\.safetensors$/, ''),
-    width: (keyCodec.bitsPerChannel + valueCodec.bitsPerChannel) / 2,
+    width: bits,
     file: 'codebook.ts', rotated: false,
     identity: createHash('sha256').update(bytes).digest('hex'),
     fit: ({ captured, threads }): Promise<Quantizer> => {
       const codebook = Codebook.fromBuffer(bytes)
       const { layers, kvHeads, headDim, rotary } = captured.model.shape
       codebook.check({ layers, kvHeads, headDim, rotary, model: captured.model.fingerprint })
-      const numbers = Array.from({ length: layers }, (_, layer) => layer)
-      const sides = {
-        key: { codec: keyCodec, tables: numbers.map((layer) => codebook.keyTable(layer)) },
-        value: { codec: valueCodec, tables: numbers.map((layer) => codebook.valueTable(layer)) },
-      }
+      const parts = Array.from({ length: layers }, (_, layer) => codebook.parts(layer))
       return Promise.resolve({
-        tableBytes: Object.values(sides).flatMap((side) => side.tables).reduce((sum, { byteLength }) => sum + byteLength, 0),
-        quantize: (rows, { layer, side }) => toCentroids(rows, { codec: sides[side].codec, data: sides[side].tables[layer]! }, threads),
+        tableBytes: parts.flat().reduce((sum, { keyTable, valueTable }) => sum + keyTable.byteLength + valueTable.byteLength, 0),
+        quantize: ({ data, tokens, channels }, { layer, side }) => parts[layer]!.reduce((coded, { firstHead, heads, ...part }) => {
+          const own = data.subarray(firstHead * tokens * channels, (firstHead + heads) * tokens * channels)
+          const tables = side === 'key' ? { codec: part.keyCodec, data: part.keyTable } : { codec: part.valueCodec, data: part.valueTable }
+          return coded + toCentroids({ data: own, heads, tokens, channels }, tables, threads)
+        }, 0),
       })
     },
   }

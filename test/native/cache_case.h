@@ -63,7 +63,8 @@ struct Tables {
         std::vector<float>& table = sides.emplace_back();
         for (int32_t head = 0; head < shape.kv_heads; ++head) {
           couplet_codec const codec = codec_of(layer, side, head);
-          heads.push_back({codec, 1, shape.head_dim, eighths(random, size_t{shape.head_dim} << codec.code_bits)});
+          heads.push_back(
+              {codec, 1, shape.head_dim, eighths(random, static_cast<size_t>(shape.head_dim) << codec.code_bits)});
           table.insert(table.end(), heads.back().centroids.begin(), heads.back().centroids.end());
         }
       }

@@ -4,6 +4,7 @@ import { calibrateCommand } from './calibrate'
 import { doctorCommand } from './doctor'
 import { evaluateCommand } from './evaluate'
 import { generateCommand } from './generate'
+import { inspectCommand } from './inspect'
 import { planCommand } from './plan'
 import { tuneCommand } from './tune'
 
@@ -23,7 +24,8 @@ export async function main(argv: readonly string[]): Promise<number> {
     .showHelpAfterError('(couplet --help shows what there is)')
   const { signal } = cancel
   const commands = [
-    calibrateCommand(signal), tuneCommand(signal), evaluateCommand(signal), generateCommand(signal), planCommand(), doctorCommand(),
+    calibrateCommand(signal), tuneCommand(signal), evaluateCommand(signal), generateCommand(signal), inspectCommand(signal), planCommand(),
+    doctorCommand(),
   ]
   for (const command of commands) {
     program.addCommand(command.copyInheritedSettings(program))

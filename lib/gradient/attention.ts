@@ -19,6 +19,11 @@ export function rowsName(layer: number, side: Side): string {
   return `couplet.${layer}.${side}`
 }
 
+/** Name of a layer's softmax, the column of learned sinks left out: float32 [rows][kvHeads][repeats * tokens][tokens]. */
+export function probabilitiesName(layer: number): string {
+  return `couplet.${layer}.probabilities`
+}
+
 export interface Coding {
   /** Adds nodes that code the value `rows` and decode it again: same shape. */
   coded(build: GraphBuilder, layer: number, side: Side, rows: string): string
@@ -92,8 +97,8 @@ function expand(node: NodeProto, { build, feeds, layer, number, coding }: Contex
   }
   const column = (value: string, count: number) => build.add('Pad', [value, build.integers([0, 0, 0, 0, 0, 0, 0, count])])
   const bias = feeds.bias(layer, repeats)
-  let probabilities = build.add('Softmax', [build.add('Add', [headSinks ? column(logits, 1) : logits, bias])], { attributes: { axis: -1 } })
-  if (headSinks) probabilities = column(probabilities, -1)
+  const softmax = build.add('Softmax', [build.add('Add', [headSinks ? column(logits, 1) : logits, bias])], { attributes: { axis: -1 } })
+  const probabilities = build.add('Identity', [headSinks ? column(softmax, -1) : softmax], { outputs: [probabilitiesName(number)] })
 
   const sum = (part: string, values: string) => build.add('MatMul', [part, headsFirst(values)])
   let output: string

@@ -59,7 +59,7 @@ describe('rooms of lib/', () => {
   })
 
   it('the facade knows neither the plugs nor the command line', () => {
-    const plugs = ['lib/onnx', 'lib/gradient', 'lib/transformers', 'lib/cli']
+    const plugs = ['lib/onnx', 'lib/gradient', 'lib/transformers', 'lib/inspect', 'lib/cli']
     const upper = [...plugs, 'lib/calibrate', 'lib/evaluate', 'lib/generate', 'lib/tune', 'lib/tune-checkpoint', 'lib/index']
     none(all.filter((one) => !upper.some((folder) => within(one.file.replace(/\.ts$/, ''), folder)) && within(one.path, ...plugs)),
       'lib <- plugs <- cli')
@@ -67,8 +67,8 @@ describe('rooms of lib/', () => {
   })
 
   it('optional peers are types, or loaded when asked for', () => {
-    none(all.filter((one) => /^(onnxruntime-|@huggingface\/transformers)/.test(one.path) && !one.typeOnly && !one.dynamic),
-      'couplet works without onnxruntime-node and @huggingface/transformers')
+    none(all.filter((one) => /^(onnxruntime-|@huggingface\/transformers|vega)/.test(one.path) && !one.typeOnly && !one.dynamic),
+      'couplet works without onnxruntime-node, @huggingface/transformers and vega')
   })
 
   it('every package that lib imports is a dependency', () => {

@@ -1,0 +1,116 @@
+import assert from 'node:assert/strict'
+import { Codebook } from '../../lib'
+import { inspect } from '../../lib/inspect/inspect'
+import { attentionMass } from '../../lib/inspect/mass'
+import { ids, prose, temporaryFolder, tinyLlama } from '../onnx/files'
+import type { DecoderShape } from '../onnx/graphs'
+import { decoder, normals } from '../onnx/graphs'
+
+const near = (actual: number, expected: number, tolerance: number) => { assert.ok(Math.abs(actual - expected) <= tolerance, `${actual}, not ${expected}`) }
+
+describe('attention mass', function () {
+  this.timeout(60_000)
+  const folder = temporaryFolder()
+  // Logits that are all 0: every token that a query sees has the same share.
+  const evenly = (shape: DecoderShape = {}) => folder.save(decoder({ scale: 1e-20, ...shape }))
+  const tokens = 40
+  /** Mean over the second half of what share of `seen` tokens a query has in [from, to). */
+  const expected = (count: (query: number) => number, seen = (query: number) => query + 1) => {
+    let sum = 0
+    for (let query = tokens / 2; query < tokens; query++) sum += count(query) / seen(query)
+    return sum / (tokens / 2)
+  }
+
+  it('of even attention is what counting gives', async () => {
+    const { windows, layers } = await attentionMass(evenly(), [ids(tokens), ids(tokens, 3)], { sinks: 3, window: 10, threads: 1 })
+    assert.deepEqual(windows, [0, 1, 2, 4, 8, 10, 16, 32, 40])
+    assert.equal(layers.length, 2)
+    for (const { shares, heads, beyond } of layers) {
+      near(shares.sinks, expected(() => 3), 1e-6)
+      near(shares.window, expected(() => 10), 1e-6)
+      near(shares.codes, expected((query) => query + 1 - 13), 1e-6)
+      near(beyond[windows.indexOf(32)]!, expected((query) => Math.max(0, query + 1 - 3 - 32)), 1e-6)
+      assert.equal(beyond.at(-1), 0)
+      assert.equal(heads.length, 2)
+      for (const head of heads) near(head.codes, shares.codes, 1e-6)
+    }
+  })
+
+  it('counts a token in sinks and window once, as a sink', async () => {
+    const { layers } = await attentionMass(evenly(), [ids(tokens)], { sinks: 30, window: 25, threads: 1 })
+    near(layers[0]!.shares.sinks, expected((query) => Math.min(30, query + 1)), 1e-6)
+    near(layers[0]!.shares.codes, 0, 1e-6)
+    const none = await attentionMass(evenly(), [ids(tokens)], { sinks: 0, window: 0, threads: 1 })
+    near(none.layers[0]!.shares.codes, 1, 1e-6)
+    const all = await attentionMass(evenly(), [ids(tokens)], { sinks: 0, window: 1000, threads: 1 })
+    near(all.layers[0]!.shares.window, 1, 1e-6)
+  })
+
+  it('knows local windows, and leaves learned sinks out', async () => {
+    const local = await attentionMass(evenly({ localWindow: 8 }), [ids(tokens)], { sinks: 4, window: 6, threads: 1 })
+    near(local.layers[1]!.shares.codes, 2 / 8, 1e-6)
+    const learned = await attentionMass(evenly({ headSinks: Float32Array.of(0, 1, 2, 3) }), [ids(tokens)], { sinks: 3, window: 10, threads: 1 })
+    const { sinks, window, codes } = learned.layers[0]!.shares
+    near(sinks + window + codes, 1, 1e-6)
+    assert.ok(codes > window && window > sinks)
+  })
+})
+
+describe('inspect', function () {
+  this.timeout(60_000)
+  const random = normals(1)
+  const side = () => Array.from({ length: 4 }, () => Float32Array.from({ length: 2 * 64 * 16 }, random))
+  const codebook = Codebook.fromTables({ keyTables: side(), valueTables: side(), keyCodec: 'cq-8c4b', valueCodec: 'cq-4c4b', kvHeads: 2, headDim: 64 })
+  const text = prose(0, 700)
+
+  it('has figures for every layer and side, which JSON holds', async () => {
+    const phases = new Set<string>()
+    const inspection = await inspect({
+      model: tinyLlama, text, codebook, length: 128, threads: 1,
+      onProgress: ({ phase, done, total }) => {
+        phases.add(phase)
+        assert.ok(done <= total)
+      },
+    })
+    assert.deepEqual([...phases], ['capture', 'count', 'attention'])
+    assert.deepEqual(JSON.parse(JSON.stringify(inspection)), inspection)
+    assert.deepEqual([inspection.tokens, inspection.sampled, inspection.attentionChunks], [700, 700, 5])
+    assert.equal(inspection.layers.length, 4)
+    for (const layer of inspection.layers) {
+      for (const { entropy, correlation, coding } of [layer.key, layer.value]) {
+        assert.deepEqual(entropy.map(({ channels }) => channels), [1, 2, 3, 4])
+        for (const { joint, marginal, independent } of entropy) assert.ok(joint > 0 && joint <= independent + 0.2 && joint <= marginal + 1e-9)
+        assert.equal(correlation.r.length, 32 * 32)
+        assert.ok(coding!.headErrors.length === 2 && coding!.usage.usedBits > 0 && coding!.usage.usedBits <= 4)
+      }
+      assert.deepEqual([layer.key.coding!.codec, layer.value.coding!.codec], ['cq-8c4b', 'cq-4c4b'])
+    }
+    for (const { shares } of inspection.attention.layers) near(shares.sinks + shares.window + shares.codes, 1, 1e-6)
+  })
+
+  it('keeps a sample of the size asked for, the same for the same seed, and needs no codebook', async () => {
+    const options = { model: tinyLlama, text, length: 64, points: 200, seed: 3, threads: 1 }
+    const [one, again] = [await inspect(options), await inspect(options)]
+    assert.equal(one.sampled, 200)
+    assert.deepEqual(one, again)
+    assert.equal(one.layers[0]!.key.coding, undefined)
+  })
+
+  it('takes a text shorter than a chunk', async () => {
+    const { attentionChunks, attention } = await inspect({ model: tinyLlama, text: text.slice(0, 9), threads: 1 })
+    assert.equal(attentionChunks, 1)
+    assert.equal(attention.windows.at(-1), 9)
+  })
+
+  it('refuses what cannot be', async () => {
+    const refused = { code: 'ERR_COUPLET_INVALID_ARGUMENT' }
+    for (const change of [{ text: [1] }, { text: '' }, { length: 1 }, { points: 1 }, { window: -1 }, { sinks: 0.5 }, { onProgress: 1 as never }]) {
+      await assert.rejects(inspect({ model: tinyLlama, text, ...change }), refused, JSON.stringify(change))
+    }
+    const other = Codebook.fromTables({
+      keyTables: side().slice(1), valueTables: side().slice(1), keyCodec: 'cq-8c4b', valueCodec: 'cq-8c4b', kvHeads: 2, headDim: 64,
+    })
+    await assert.rejects(inspect({ model: tinyLlama, text, codebook: other }), { code: 'ERR_COUPLET_CODEBOOK_MISMATCH' })
+    await assert.rejects(inspect({ model: tinyLlama, text, signal: AbortSignal.abort() }), { name: 'AbortError' })
+  })
+})

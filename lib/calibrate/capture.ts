@@ -155,7 +155,7 @@ function isHeldOut(index: number, share: number): boolean {
 }
 
 /** At most so many items of a list whose length nobody knows, evenly spread. */
-class EvenChoice<Item> {
+export class EvenChoice<Item> {
   readonly #most: number
   #items: Item[] = []
   #stride = 1

@@ -1,4 +1,4 @@
-import { access, constants, readFile } from 'node:fs/promises'
+import { access, constants } from 'node:fs/promises'
 import { basename, dirname, resolve } from 'node:path'
 import { Command, Option } from 'commander'
 import { writeAtomically } from '../files'
@@ -41,10 +41,9 @@ export function inspectCommand(signal: AbortSignal): Command {
     .action(async ({ text: file, out, codebooks, json, ...flags }: Flags) => {
       const progress = new Progress()
       try {
-        const text = await readFile(file, 'utf8')
         await checkPage(out)
         const inspection = await inspect({
-          ...flags, text, codebook: codebooks, signal,
+          ...flags, text: { file }, codebook: codebooks, signal,
           onProgress: ({ phase, done, total }) => { progress.update(phases[phase], done, total) },
         })
         progress.stop()

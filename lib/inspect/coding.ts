@@ -4,7 +4,7 @@ import { codesBytes, decode, encode } from '../codes'
 import type { SampledRows } from './entropy'
 
 export interface CodeUsage {
-  /** Bits of the codec's codes. */
+  /** Bits of a code; a mean over heads. */
   codeBits: number
   /** Entropy of a group's codes in bits, a mean over groups; of the observed shares, so too low by up to (centroids - 1) / (2 tokens) nats. */
   usedBits: number
@@ -18,6 +18,8 @@ export interface CodeUsage {
 }
 
 export interface CodedSide {
+  /** Its name; several where heads differ. */
+  codec: string
   /**
    * Of each kv head, the share of the variance that is lost: sum |x - decoded|^2 / sum |x - mean|^2 over the sample; 0 where nothing
    * varies and nothing is lost.
@@ -60,8 +62,24 @@ export async function measureCoding(rows: SampledRows, { codec, tables, threads,
   }
   const spread = variances(rows)
   return {
+    codec: codec.name,
     headErrors: Array.from(lost, (squares, head) => (squares === 0 ? 0 : squares / spread[head]!)),
     usage: usageOf(counts, codec, tokens),
+  }
+}
+
+/** Of a layer's runs of heads, each as {@link measureCoding} gives it: usage is a mean over heads. */
+export function mergeParts(parts: readonly CodedSide[]): CodedSide {
+  const headErrors = parts.flatMap((part) => part.headErrors)
+  const mean = (of: (usage: CodeUsage) => number) => parts.reduce((sum, part) => sum + of(part.usage) * part.headErrors.length / headErrors.length, 0)
+  return {
+    codec: [...new Set(parts.map(({ codec }) => codec))].join(', '),
+    headErrors,
+    usage: {
+      codeBits: mean(({ codeBits }) => codeBits), usedBits: mean(({ usedBits }) => usedBits), dead: mean(({ dead }) => dead), hot: mean(({ hot }) => hot),
+      hottest: Math.max(...parts.map(({ usage }) => usage.hottest)),
+      byRank: Array.from({ length: rankSteps + 1 }, (_, step) => mean(({ byRank }) => byRank[step]!)),
+    },
   }
 }
 

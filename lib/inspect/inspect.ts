@@ -1,14 +1,16 @@
 import { setImmediate } from 'node:timers/promises'
 import { requireCallOptions, requireInteger, requireObject } from '../arguments'
-import { captureActivations, tokenIds } from '../calibrate'
-import { chunks } from '../chunks'
+import { captureActivations } from '../calibrate'
+import { EvenChoice } from '../calibrate/capture'
+import type { Activations } from '../calibrate/sample'
+import type { Texts } from '../calibrate/text'
+import { TextReader } from '../calibrate/text'
 import { Codebook } from '../codebook'
 import { rangeError } from '../errors'
-import type { Sample } from '../onnx/capture'
 import { DecoderModel } from '../onnx/model'
 import type { ModelShape } from '../onnx/decoder'
 import type { CodedSide } from './coding'
-import { measureCoding } from './coding'
+import { measureCoding, mergeParts } from './coding'
 import type { Correlation } from './correlation'
 import { channelCorrelation } from './correlation'
 import type { ChannelEntropy, SampledRows } from './entropy'
@@ -19,8 +21,8 @@ import { attentionMass } from './mass'
 export interface InspectOptions {
   /** Directory of the model. */
   model: string
-  /** Text, or its token ids; at least 2 tokens. */
-  text: string | ArrayLike<number>
+  /** One text or several, at least 2 tokens: each a string, token ids, or `{ file }`. They are read twice, so no stream. */
+  text: Texts
   /** Codebook or its file; without it nothing is said of errors and codes. */
   codebook?: Codebook | string | undefined
   /** Tokens of a chunk; every chunk is a sequence of its own. Default 512. */
@@ -45,6 +47,7 @@ export interface InspectProgress {
   /** `capture`: tokens are run; `count`: layers are counted; `attention`: chunks are run again for their attention. */
   phase: 'capture' | 'count' | 'attention'
   done: number
+  /** An estimate until the text has ended. */
   total: number
 }
 
@@ -53,7 +56,7 @@ export interface InspectedSide {
   entropy: ChannelEntropy[]
   correlation: Correlation
   /** Undefined without a codebook. */
-  coding: (CodedSide & { codec: string }) | undefined
+  coding: CodedSide | undefined
 }
 
 /** Numbers and arrays of them alone: JSON holds it. */
@@ -95,8 +98,7 @@ export async function inspect(options: InspectOptions): Promise<Inspection> {
   requireInteger(seed, 'seed', 0)
   if (options.points !== undefined) requireInteger(options.points, 'points', 2)
   requireCallOptions(options)
-  const tokens = await tokenIds(options.text, options.model)
-  if (tokens.length < 2) throw rangeError(`Expected a text of at least 2 tokens for \`text\` but received ${tokens.length}`)
+  const texts = await attentionTexts(options.text, options.model, length)
   const own = typeof options.codebook === 'string'
   const codebook = typeof options.codebook === 'string' ? await Codebook.load(options.codebook) : options.codebook
   const model = await DecoderModel.load(options.model, threads === undefined ? {} : { threads })
@@ -106,26 +108,23 @@ export async function inspect(options: InspectOptions): Promise<Inspection> {
     codebook?.check({ layers, kvHeads, headDim, rotary, model: fingerprint })
     const points = options.points ?? Math.max(2, Math.min(16384, Math.floor(mostSampleBytes / (layers * 2 * kvHeads * headDim * 4))))
     const captured = await captureActivations(model, {
-      text: tokens, length, points, seed,
+      text: options.text, directory: options.model, length, points, seed, heldOut: 0,
       ...(signal && { signal }),
-      ...(onProgress && { onProgress: ({ done, total }) => { onProgress({ phase: 'capture', done, total }) } }),
+      ...(onProgress && { onProgress: ({ done, total = done }) => { onProgress({ phase: 'capture', done, total }) } }),
     })
     let inspected: Inspection['layers']
-    const sampled = captured.capture.tokensKept
+    const { tokens, sample: { tokensKept: sampled } } = captured
     try {
-      inspected = await inspectLayers(captured.capture, shape, { codebook, seed, threads, signal, onProgress })
+      inspected = await inspectLayers(captured.sample, shape, { codebook, seed, threads, signal, onProgress })
     } finally {
       captured.dispose()
     }
     model.dispose() // before there is a second session
-    const texts = someChunks(tokens, length)
     const attention = await attentionMass(file, texts, {
       sinks, window, threads, signal,
       ...(onProgress && { onProgress: (done: number, total: number) => { onProgress({ phase: 'attention', done, total }) } }),
     })
-    return {
-      shape, fingerprint, tokens: tokens.length, sampled, length, sinks, window, layers: inspected, attention, attentionChunks: texts.length,
-    }
+    return { shape, fingerprint, tokens, sampled, length, sinks, window, layers: inspected, attention, attentionChunks: texts.length }
   } finally {
     model.dispose()
     if (own) codebook?.dispose()
@@ -134,18 +133,22 @@ export async function inspect(options: InspectOptions): Promise<Inspection> {
 
 type LayerOptions = Pick<InspectOptions, 'threads' | 'signal' | 'onProgress'> & { codebook: Codebook | undefined; seed: number }
 
-async function inspectLayers(sample: Sample, { layers, kvHeads, headDim }: ModelShape, options: LayerOptions): Promise<Inspection['layers']> {
+async function inspectLayers(sample: Activations, { layers, kvHeads, headDim }: ModelShape, options: LayerOptions): Promise<Inspection['layers']> {
   const { codebook, seed, threads, signal, onProgress } = options
   const { tokensKept: tokens } = sample
   const orders = independentOrders(tokens, seed)
   const inspectSide = async (layer: number, side: 'key' | 'value'): Promise<InspectedSide> => {
     // Counting blocks this thread: a turn for others, side by side.
     await setImmediate(undefined, { signal })
-    const data = side === 'key' ? sample.keys : sample.values
-    const rows: SampledRows = { data, offset: layer * kvHeads * headDim, tokens, tokenStride: layers * kvHeads * headDim, kvHeads, headDim }
-    const codec = side === 'key' ? codebook?.keyCodec : codebook?.valueCodec
-    const tables = side === 'key' ? codebook?.keyTable(layer) : codebook?.valueTable(layer)
-    const coding = codec && tables && { codec: codec.name, ...await measureCoding(rows, { codec, tables, threads, signal }) }
+    const { rows: data } = await sample.side(layer, side)
+    const rows: SampledRows = { data, offset: 0, tokens, tokenStride: kvHeads * headDim, kvHeads, headDim }
+    const parts: CodedSide[] = []
+    for (const { firstHead, heads, ...part } of codebook?.parts(layer) ?? []) {
+      const own = { ...rows, offset: firstHead * headDim, kvHeads: heads }
+      const tables = side === 'key' ? { codec: part.keyCodec, tables: part.keyTable } : { codec: part.valueCodec, tables: part.valueTable }
+      parts.push(await measureCoding(own, { ...tables, threads, signal }))
+    }
+    const coding = codebook && mergeParts(parts)
     return { entropy: channelEntropies(rows, orders), correlation: channelCorrelation(rows), coding }
   }
   const inspected: Inspection['layers'] = []
@@ -156,10 +159,16 @@ async function inspectLayers(sample: Sample, { layers, kvHeads, headDim }: Model
   return inspected
 }
 
-/** Whole chunks, spread evenly over the text; all of a text that has no whole one. */
-function someChunks(tokens: ArrayLike<number>, length: number): number[][] {
-  const whole = [...chunks(tokens, length, length)]
-  if (whole.length === 0) return [Array.from(tokens)]
-  const count = Math.min(whole.length, mostAttentionChunks)
-  return Array.from({ length: count }, (_, i) => whole[Math.floor((i * whole.length) / count)]!)
+/** Whole chunks, spread evenly over the text; the longest one of a text that has no whole one. */
+async function attentionTexts(text: Texts, directory: string, length: number): Promise<number[][]> {
+  const reader = await TextReader.open(text, { directory, length })
+  if (!reader.isRepeatable) throw rangeError('Expected texts that can be read twice for `text` but received a stream')
+  const whole = new EvenChoice<number[]>(mostAttentionChunks)
+  let longest: number[] = []
+  for await (const { tokens } of reader.chunks()) {
+    if (tokens.length === length) whole.add(tokens)
+    if (tokens.length > longest.length) longest = tokens
+  }
+  if (longest.length < 2) throw rangeError(`Expected a text of at least 2 tokens for \`text\` but received ${reader.tokens}`)
+  return whole.items.length > 0 ? [...whole.items] : [longest]
 }

@@ -15,6 +15,7 @@ function percent(share: number, digits = 0): string {
   if (share > 0 && share < 0.0005) return '<0.1 %'
   return `${(100 * share).toFixed(share > 0 && share < 0.01 ? Math.max(1, digits) : digits)} %`
 }
+const round = (value: number): string => String(Number(value.toFixed(2)))
 const count = (value: number): string => value.toLocaleString('en')
 
 /**
@@ -34,7 +35,7 @@ export function inspectionPage(inspection: Inspection, { name = 'a model' }: { n
 }
 
 const codecNames = ({ layers }: Inspection): string =>
-  sides.map((side) => `${[...new Set(layers.map((layer) => layer[side].coding?.codec))].join(', ')} for ${plural[side]}`).join(', ')
+  sides.map((side) => `${[...new Set(layers.flatMap((layer) => layer[side].coding?.codec.split(', ') ?? []))].join(', ')} for ${plural[side]}`).join(', ')
 
 /** Up to four layers, the first and the last among them. */
 function someLayers(layers: number): number[] {
@@ -193,7 +194,7 @@ function codingSections({ layers, shape, sampled }: Inspection): Section[] {
   const rows = coded.flatMap((layer, number) => sides.map((side) => {
     const { headErrors, usage } = layer[side]
     return [
-      `layer ${number}, ${plural[side]}`, layer[side].codec, percent(mean(headErrors), 1), `${usage.usedBits.toFixed(2)} of ${usage.codeBits}`,
+      `layer ${number}, ${plural[side]}`, layer[side].codec, percent(mean(headErrors), 1), `${usage.usedBits.toFixed(2)} of ${round(usage.codeBits)}`,
       ...[usage.dead, usage.hot, usage.hottest].map((share) => percent(share, 1)),
     ]
   }))
@@ -204,7 +205,7 @@ function codingSections({ layers, shape, sampled }: Inspection): Section[] {
     notes: ['Squared distance between rows and what their codes stand for, over the squared distance from the mean, on this text. What a model makes of '
       + 'such an error is another question: weighted codebooks accept more of it where it matters less, and perplexity (couplet eval) has the last word.'],
   }, {
-    title: `Codes carry ${meanUsage('usedBits').toFixed(1)} of ${meanUsage('codeBits')} bits on average; `
+    title: `Codes carry ${meanUsage('usedBits').toFixed(1)} of ${round(meanUsage('codeBits'))} bits on average; `
       + `${percent(meanUsage('dead'))} of centroids are dead, ${percent(meanUsage('hot'))} hot`,
     legend: [{ color: palette.muted, label: 'all used alike', mark: 'dashed' }],
     ramp: { colors: depths, from: 'first layer', to: 'last layer' },
@@ -216,7 +217,7 @@ function codingSections({ layers, shape, sampled }: Inspection): Section[] {
     figures: shares,
     table: { folded: 'All layers in numbers', head: ['', 'codec', 'variance lost', 'bits used', 'dead', 'hot', 'hottest'], rows },
     notes: [`Dead: no token of the sample has this code. Hot: more than ${hotShare} times its even share of tokens. Hottest: the largest share that one `
-      + `centroid has. The sample has ${count(sampled)} tokens for ${count(2 ** Math.max(...usages.map(({ codeBits }) => codeBits)))} centroids a group; a centroid that is dead `
+      + `centroid has. The sample has ${count(sampled)} tokens for ${count(Math.round(2 ** Math.max(...usages.map(({ codeBits }) => codeBits))))} centroids a group; a centroid that is dead `
       + 'on this text may be one that another text needs, above all in first layers, whose keys and values say little but which token it is.'],
   }]
 }

@@ -65,6 +65,21 @@ describe('the couplet command', function () {
     assert.equal(couplet('eval', '--model', model, '--text', file('predict.txt'), '--codebooks', tuned).code, 0)
   })
 
+  it('inspects', () => {
+    const book = file('inspected.safetensors')
+    const texts = ['--model', model, '--length', '128']
+    assert.equal(couplet('calibrate', ...texts, '--text', file('learn.txt'), '--codec', 'cq-8c4b', '--out', book).code, 0)
+    const done = couplet('inspect', ...texts, '--text', file('predict.txt'), '--codebooks', book, '--out', file('report.html'), '--json')
+    assert.equal(done.code, 0, done.err)
+    const { tokens, layers } = JSON.parse(done.out) as { tokens: number; layers: { key: { coding?: { headErrors: number[] } } }[] }
+    assert.equal(tokens, 1104)
+    assert.ok(layers.length === 4 && layers[0]?.key.coding?.headErrors.every((error) => error > 0 && error < 1))
+    assert.match(readFileSync(file('report.html'), 'utf8'), /<title>What codes can save, and what they lose: tiny-llama-bytes<[^]*<svg[^]*<\/html>/)
+    const nowhere = couplet('inspect', ...texts, '--text', file('predict.txt'), '--out', path.join(folder, 'nowhere', 'report.html'))
+    assert.equal(nowhere.code, 1)
+    assert.match(nowhere.err, /nowhere/)
+  })
+
   it('plans memory, from a graph or from config.json alone', () => {
     const planned = couplet('plan', '--model', model, '--context', '4096', '--sequences', '8', '--budget', '0.1GB', '--codec', 'cq-8c8b', '--json')
     assert.equal(planned.code, 0, planned.err)
@@ -135,6 +150,6 @@ describe('the couplet command', function () {
   it('exits with 0 after help', () => {
     const { code, out } = couplet('--help')
     assert.equal(code, 0)
-    for (const command of ['calibrate', 'tune', 'eval', 'generate', 'doctor']) assert.match(out, new RegExp(`^ +${command} `, 'm'))
+    for (const command of ['calibrate', 'tune', 'eval', 'generate', 'inspect', 'plan', 'doctor']) assert.match(out, new RegExp(`^ +${command} `, 'm'))
   })
 })

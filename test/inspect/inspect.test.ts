@@ -1,7 +1,10 @@
 import assert from 'node:assert/strict'
-import { Codebook } from '../../lib'
+import { Readable } from 'node:stream'
+import { captureActivations, Codebook, codec as parseCodec } from '../../lib'
+import { measureCoding } from '../../lib/inspect/coding'
 import { inspect } from '../../lib/inspect/inspect'
 import { attentionMass } from '../../lib/inspect/mass'
+import { DecoderModel } from '../../lib/onnx/model'
 import { ids, prose, temporaryFolder, tinyLlama } from '../onnx/files'
 import type { DecoderShape } from '../onnx/graphs'
 import { decoder, normals } from '../onnx/graphs'
@@ -96,16 +99,42 @@ describe('inspect', function () {
     assert.equal(one.layers[0]!.key.coding, undefined)
   })
 
-  it('takes a text shorter than a chunk', async () => {
-    const { attentionChunks, attention } = await inspect({ model: tinyLlama, text: text.slice(0, 9), threads: 1 })
-    assert.equal(attentionChunks, 1)
-    assert.equal(attention.windows.at(-1), 9)
+  it('takes texts shorter than a chunk, and looks at the attention of the longest', async () => {
+    const { attentionChunks, attention, tokens } = await inspect({ model: tinyLlama, text: [text.slice(0, 9), text.slice(9, 30)], threads: 1 })
+    assert.deepEqual([attentionChunks, attention.windows.at(-1), tokens], [1, 21, 30])
   })
+
+  it('measures mixed codecs part by part', async () => {
+    const wide = () => Array.from({ length: 4 }, () => Float32Array.from({ length: 64 * 16 + 64 * 32 }, random))
+    const mixed = Codebook.fromTables({
+      keyTables: wide(), valueTables: wide(), kvHeads: 2, headDim: 64,
+      codecs: Array.from({ length: 4 }, () => [
+        { firstHead: 0, heads: 1, keyCodec: 'cq-8c4b', valueCodec: 'cq-8c4b' }, { firstHead: 1, heads: 1, keyCodec: 'cq-4c5b', valueCodec: 'cq-4c5b' },
+      ]),
+    })
+    const { layers } = await inspect({ model: tinyLlama, text, codebook: mixed, length: 128, threads: 1 })
+    const { codec, headErrors, usage } = layers[2]!.value.coding!
+    assert.deepEqual([codec, headErrors.length, usage.codeBits], ['cq-8c4b, cq-4c5b', 2, 4.5])
+    // A head's error is that of its own codes: the same as under a codebook that has only these.
+    const table = mixed.parts(2)[1]!.valueTable
+    const own = await measureCoding(await rowsOfHead(1), { codec: parseCodec('cq-4c5b'), tables: table })
+    assert.equal(headErrors[1], own.headErrors[0])
+  })
+
+  /** Of the values of layer 2. */
+  async function rowsOfHead(head: number) {
+    using model = await DecoderModel.load(tinyLlama, { threads: 1 })
+    using captured = await captureActivations(model, { text, length: 128, heldOut: 0 })
+    const { rows } = await captured.sample.side(2, 'value')
+    return { data: rows.slice(), offset: head * 64, tokens: captured.sample.tokensKept, tokenStride: 128, kvHeads: 1, headDim: 64 }
+  }
 
   it('refuses what cannot be', async () => {
     const refused = { code: 'ERR_COUPLET_INVALID_ARGUMENT' }
-    for (const change of [{ text: [1] }, { text: '' }, { length: 1 }, { points: 1 }, { window: -1 }, { sinks: 0.5 }, { onProgress: 1 as never }]) {
-      await assert.rejects(inspect({ model: tinyLlama, text, ...change }), refused, JSON.stringify(change))
+    const stream = Readable.from(['a text'])
+    const changes = [{ text: [1] }, { text: '' }, { text: stream }, { length: 1 }, { points: 1 }, { window: -1 }, { sinks: 0.5 }, { onProgress: 1 as never }]
+    for (const change of changes) {
+      await assert.rejects(inspect({ model: tinyLlama, text, ...change }), refused, Object.keys(change)[0])
     }
     const other = Codebook.fromTables({
       keyTables: side().slice(1), valueTables: side().slice(1), keyCodec: 'cq-8c4b', valueCodec: 'cq-8c4b', kvHeads: 2, headDim: 64,

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../native/common/check.h"
+#include "../native/common/metric.h"
 #include "backend.h"
 
 namespace couplet::cuda {
@@ -79,6 +80,8 @@ void destroy(couplet_table* handle) {
   if (!handle) return;
   auto* const table = reinterpret_cast<Table*>(handle);
   cudaFree(table->rows);
+  cudaFree(table->metric);
+  cudaFree(table->measured);
   cudaFree(table->float16_rows);
   cudaFree(table->banked);
   cudaFree(table->by_code);
@@ -93,13 +96,21 @@ couplet_status fill(Table* table, const couplet_table_params& params, couplet_re
   if (error != cudaSuccess) return status_of(error, report, "making a table of centroids");
   table->rows = static_cast<float*>(memory);
   table->bytes += count * sizeof(float);
-  if (couplet_status const status = check_centroids(params, report)) return status;
+  couplet_status status = check_centroids(params, report);
+  if (status == COUPLET_OK) status = check_metric(params, report);
+  if (status != COUPLET_OK) return status;
   error = cudaMemcpy(memory, params.centroids, count * sizeof(float), cudaMemcpyHostToDevice);
   try {
     if (error == cudaSuccess) {
       std::vector<__half> float16_rows(count);
       for (size_t at = 0; at < count; ++at) float16_rows[at] = __float2half_rn(params.centroids[at]);
       error = upload(float16_rows.data(), count, &table->float16_rows, &table->bytes);
+    }
+    if (error == cudaSuccess && params.metric) {
+      error = upload(params.metric, static_cast<size_t>(metric_floats(params)), &table->metric, &table->bytes);
+      std::vector<float> measured(count);
+      measure_centroids(params, measured.data());
+      if (error == cudaSuccess) error = upload(measured.data(), count, &table->measured, &table->bytes);
     }
     bool const rotates = fits_float16(params);
     if (error == cudaSuccess && rotates && is_banked(params))
@@ -124,6 +135,8 @@ couplet_status create(const couplet_table_params* params, couplet_table** out, c
       .centroids = couplet_codec_centroids(params->codec),
       .bytes = sizeof(Table),
       .rows = nullptr,
+      .metric = nullptr,
+      .measured = nullptr,
       .float16_rows = nullptr,
       .banked = nullptr,
       .by_code = nullptr,

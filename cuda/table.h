@@ -19,7 +19,11 @@ struct Table {
 
   // Device, float32 [kv_heads][groups][centroids][group_channels], as given.
   float* rows;
-  // Device, float16, the same, rounded to nearest (infinite where a centroid is beyond 65504). Read by decode to float16.
+  // Device, float32 [kv_heads][groups][group_channels][group_channels], as given, or NULL. Read by encode.
+  float* metric;
+  // Device, float32, the rows under the metric; NULL without one. Read by encode.
+  float* measured;
+  // Device, float16, the same as rows, rounded to nearest (infinite where a centroid is beyond 65504). Read by decode to float16.
   __half* float16_rows;
   // Device, float16 [kv_heads][groups / 8][256][8 groups][8 channels], 8c8b alone: the 16-byte rows of 8 groups side by side, so that
   // group g keeps to banks 4 (g % 8) to 4 (g % 8) + 3 whatever the code is. Read by attend/lookup. NULL for other codecs, for groups

@@ -13,7 +13,7 @@ struct Tables {
     size_t const count = static_cast<size_t>(kv_heads) * static_cast<size_t>(head_dim) *
                          static_cast<size_t>(couplet_codec_centroids(codec));
     std::vector<float> const centroids = test::Random(seed).normals(count);
-    couplet_table_params const params{centroids.data(), kv_heads, head_dim, codec};
+    couplet_table_params const params{centroids.data(), kv_heads, head_dim, codec, nullptr};
     couplet_table* table = nullptr;
     couplet_report report{};
     must(cuda::table_entries.create(&params, &table, &report), report);

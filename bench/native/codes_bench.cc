@@ -50,7 +50,7 @@ struct Data {
     size_t const channels = static_cast<size_t>(options.kv_heads * options.head_dim);
     std::vector<float> centroids(channels << codec.code_bits);
     for (float& value : centroids) value = normal(generator);
-    couplet_table_params const params = {centroids.data(), options.kv_heads, options.head_dim, codec};
+    couplet_table_params const params = {centroids.data(), options.kv_heads, options.head_dim, codec, nullptr};
     couplet_table* made = nullptr;
     couplet_report report{};
     if (cpu::table_entries.create(&params, &made, &report) != COUPLET_OK) {

@@ -36,7 +36,8 @@ struct Run {
 struct Call {
   Run run;                         // the only one
   const couplet_encode_run* runs;  // device, one for each block along y; NULL: `run`
-  const float* table;              // float32 [kv_heads][groups][centroids][group_channels]
+  const float* table;   // float32 [kv_heads][groups][centroids][group_channels], under the metric where there is one
+  const float* metric;  // float32 [kv_heads][groups][group_channels][group_channels], or NULL
   NotFinite* not_finite;
   uint32_t row_units;  // units of work of one kv head and group: octets, or tiles of them
   int32_t dtype;
@@ -73,6 +74,12 @@ __device__ __forceinline__ Point point_of(const Call& call, const Run& run, int3
           call.dtype};
 }
 
+__device__ __forceinline__ MeasuredPoint measured_of(const Call& call, const Point& point, int32_t kv_head,
+                                                     int32_t group) {
+  int64_t const matrix = (int64_t{kv_head} * call.groups + group) * call.group_channels * call.group_channels;
+  return {point, call.metric + matrix, call.group_channels};
+}
+
 // Floats from global to shared memory by all threads of the block, 16 bytes at a time; both sides are aligned and `count` is a
 // multiple of 4 (or, for tables below that, single floats).
 __device__ __forceinline__ void stage_centroids(float* to, const float* from, int32_t count) {
@@ -92,7 +99,8 @@ __device__ __forceinline__ void stage_centroids(float* to, const float* from, in
 template <int Channels>
 inline constexpr int resident_blocks = Channels > 8 ? 4 : (Channels > 4 ? 7 : 8);
 
-template <int Channels>
+// Measured: there is a metric.
+template <int Channels, bool Measured>
 __global__ void __launch_bounds__(block_threads, resident_blocks<Channels>) encode_tokens(Call const call) {
   GPU_SHARED(run, Run);
   GPU_SHARED(centroid_stage, uint4[stage_floats / 4]);
@@ -119,6 +127,10 @@ __global__ void __launch_bounds__(block_threads, resident_blocks<Channels>) enco
       values[t][c] = inside ? point[c] : 0.0f;
       if (!is_finite(values[t][c]))
         note_not_finite(call.not_finite, run.tokens_before + token, kv_head, group * Channels + c, call.kv_heads);
+    }
+    if constexpr (Measured) {
+      MeasuredPoint const measured = measured_of(call, point, kv_head, group);
+      for (int c = 0; c < Channels && inside; ++c) values[t][c] = measured[c];
     }
   }
 
@@ -179,8 +191,12 @@ __global__ void __launch_bounds__(block_threads, resident_blocks<Channels>) enco
     int32_t const t = __ffs(static_cast<int>(doubtful)) - 1;
     int32_t const shift = t * call.code_bits;
     int32_t const found = static_cast<int32_t>(quad >> shift) & (centroids - 1);
-    int32_t const nearest =
-        nearest_in_double(point_of(call, run, first_token + t, kv_head, group), table, Channels, centroids, found);
+    Point const point = point_of(call, run, first_token + t, kv_head, group);
+    int32_t nearest;
+    if constexpr (Measured)
+      nearest = nearest_in_double(measured_of(call, point, kv_head, group), table, Channels, centroids, found);
+    else
+      nearest = nearest_in_double(point, table, Channels, centroids, found);
     quad ^= static_cast<uint64_t>(found ^ nearest) << shift;
   }
   uint64_t const other = __shfl_xor_sync(~0u, static_cast<unsigned long long>(quad), 1);
@@ -239,6 +255,7 @@ __global__ void __launch_bounds__(block_threads, resident_blocks<8>) encode_cent
         if (!is_finite(values[c]))
           note_not_finite(call.not_finite, run.tokens_before + octet_token + slot, kv_head, group * channels + c,
                           call.kv_heads);
+        if (call.metric) values[c] = measured_of(call, point, kv_head, group)[c];
       }
       __syncwarp();
       float best = __uint_as_float(0x7f800000u);
@@ -275,12 +292,16 @@ struct Selection {
 };
 
 Selection select(const couplet_encode_params& p) {
+  bool const measured = p.table && table_of(p.table)->metric;
+  auto const tiles = [&](auto plain, auto with_metric) -> Selection {
+    return {measured ? with_metric : plain, block_octets, "tokens"};
+  };
   if (p.tokens >= least_tile_tokens) switch (p.codec.group_channels) {
-      case 1: return {encode_tokens<1>, block_octets, "tokens"};
-      case 2: return {encode_tokens<2>, block_octets, "tokens"};
-      case 4: return {encode_tokens<4>, block_octets, "tokens"};
-      case 8: return {encode_tokens<8>, block_octets, "tokens"};
-      case 16: return {encode_tokens<16>, block_octets, "tokens"};
+      case 1: return tiles(encode_tokens<1, false>, encode_tokens<1, true>);
+      case 2: return tiles(encode_tokens<2, false>, encode_tokens<2, true>);
+      case 4: return tiles(encode_tokens<4, false>, encode_tokens<4, true>);
+      case 8: return tiles(encode_tokens<8, false>, encode_tokens<8, true>);
+      case 16: return tiles(encode_tokens<16, false>, encode_tokens<16, true>);
       default: break;
     }
   return {encode_centroids, 0, "centroids"};
@@ -336,7 +357,8 @@ couplet_status run(const couplet_encode_params* params, void* workspace, void* s
               .tokens_before = 0,
               .octets = octets_of(p)},
       .runs = p.runs,
-      .table = table_of(p.table)->rows,
+      .table = table_of(p.table)->metric ? table_of(p.table)->measured : table_of(p.table)->rows,
+      .metric = table_of(p.table)->metric,
       .not_finite = not_finite,
       .row_units = static_cast<uint32_t>(grid.row_units),
       .dtype = p.dtype,

@@ -20,6 +20,21 @@ struct Point {
   __device__ __forceinline__ float operator[](int32_t channel) const { return load_element(rows, dtype, at + channel); }
 };
 
+// A point under the metric of its group: native/common/metric.h, for memory of the device.
+struct MeasuredPoint {
+  Point point;
+  const float* matrix;  // [channels][channels]
+  int32_t channels;
+
+  __device__ __forceinline__ float operator[](int32_t row) const {
+    double sum = 0;
+    for (int32_t c = 0; c < channels; ++c)
+      sum += static_cast<double>(__ldg(matrix + row * channels + c)) * static_cast<double>(point[c]);
+    double const most = 3.40282346638528859812e38;  // FLT_MAX
+    return static_cast<float>(fmin(fmax(sum, -most), most));
+  }
+};
+
 // For a search that ended with an infinite or tiny sum at centroid `found`. Differences of floats reach 2^129, their squares 2^258
 // and 2^-298: far inside double. point[c] is channel c.
 template <class Channel>

@@ -19,6 +19,9 @@ typedef struct couplet_table_params {
   int32_t kv_heads;
   int32_t head_dim;
   couplet_codec codec;
+  /* What encode calls near: |M (x - c)|^2 is least for the code of x, M the matrix of its kv head and group. decode and attend
+     do not know of it. float32 [kv_heads][groups][group_channels][group_channels], row by row, copied; or NULL: |x - c|^2. */
+  const float* metric;
 } couplet_table_params;
 
 /* ---- rotary embedding ------------------------------------------------------------------------------------------ */
@@ -260,6 +263,7 @@ typedef struct couplet_attention_weights_params {
   int32_t reserved;
 } couplet_attention_weights_params;
 
+COUPLET_STATIC_ASSERT(sizeof(couplet_table_params) == 32, "tables");
 COUPLET_STATIC_ASSERT(sizeof(couplet_kmeans_params) == 136, "kmeans parameters");
 COUPLET_STATIC_ASSERT(sizeof(couplet_encode_run) == 56, "encode runs");
 COUPLET_STATIC_ASSERT(sizeof(couplet_encode_params) == 112, "encode parameters");

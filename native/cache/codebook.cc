@@ -67,7 +67,7 @@ couplet_status Codebook::create(Device device, const Shape& shape, std::span<con
       for (int const side : {0, 1}) {
         couplet_codec const codec = side == 0 ? codecs.key : codecs.value;
         couplet_table_params const params = {
-            .centroids = centroids[side], .kv_heads = codecs.heads, .head_dim = shape.head_dim, .codec = codec};
+            .centroids = centroids[side], .kv_heads = codecs.heads, .head_dim = shape.head_dim, .codec = codec, .metric = nullptr};
         couplet_table** const table = side == 0 ? &part.key : &part.value;
         status = device.backend->table.create(&params, table, report);
         if (status != COUPLET_OK) {

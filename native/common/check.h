@@ -48,6 +48,20 @@ inline couplet_status check_centroids(const couplet_table_params& p, couplet_rep
   return COUPLET_OK;
 }
 
+// Likewise all matrices of the metric, of which there are fewer.
+inline couplet_status check_metric(const couplet_table_params& p, couplet_report* report) {
+  if (!p.metric) return COUPLET_OK;
+  int64_t const head_floats = int64_t{p.head_dim} * p.codec.group_channels;
+  for (int64_t at = 0; at < p.kv_heads * head_floats; ++at) {
+    if (std::isfinite(p.metric[at])) continue;
+    int32_t const kv_head = static_cast<int32_t>(at / head_floats);
+    return fail(report, COUPLET_NOT_FINITE, {.kv_head = kv_head},
+                "Expected finite numbers for `metric` but received %f in kv head %d", static_cast<double>(p.metric[at]),
+                kv_head);
+  }
+  return COUPLET_OK;
+}
+
 // Whether a table serves an operation that was given these shapes. Table: what a backend keeps behind couplet_table.
 template <class Table>
 couplet_status check_table_shape(const Table* table, const char* name, couplet_codec codec, int32_t kv_heads,

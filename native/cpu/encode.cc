@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 
+#include "../common/metric.h"
 #include "../common/not_finite.h"
 #include "backend.h"
 #include "half.h"
@@ -86,23 +87,46 @@ struct Job {
   int32_t end_group;
 };
 
+// A group of some tokens under its metric: float32 [tokens][group_channels] to `out`.
+void measure(const couplet_encode_params& p, const float* metric, const uint8_t* rows, int32_t tokens, float* out) {
+  int32_t const channels = p.codec.group_channels;
+  float wide[COUPLET_MAX_HEAD_DIM];
+  for (int32_t token = 0; token < tokens; ++token, out += channels) {
+    const uint8_t* const row = rows + token * p.token_stride * element_bytes(p);
+    const float* point = reinterpret_cast<const float*>(row);
+    if (p.dtype == COUPLET_FLOAT16) {
+      for (int32_t c = 0; c < channels; ++c) wide[c] = half_to_float(reinterpret_cast<const uint16_t*>(row)[c]);
+      point = wide;
+    }
+    for (int32_t c = 0; c < channels; ++c) out[c] = measured_channel(metric, channels, c, point);
+  }
+}
+
 void encode_job(const NearestBody& body, const couplet_encode_params& p, const Job& job) {
   const couplet_table& table = *p.table;
   int64_t const row_bytes = couplet_row_bytes(p.codec, p.page_tokens);
   int32_t const step = tile_tokens(p.codec.group_channels);
   uint16_t codes[64];
+  alignas(64) float measured[tile_floats];
   for (int32_t group = job.first_group; group < job.end_group; ++group)
     for (int32_t done = 0; done < job.tokens; done += step) {
-      NearestGroup const nearest = {
+      NearestGroup nearest = {
           .rows = job.rows + (done * p.token_stride + int64_t{group} * p.codec.group_channels) * element_bytes(p),
           .token_stride = p.token_stride,
-          .table = table.rows + group_offset(table, job.kv_head, group),
+          .table = table.measured + group_offset(table, job.kv_head, group),
           .columns = table.columns ? table.columns + group_offset(table, job.kv_head, group) : nullptr,
           .tokens = std::min(step, job.tokens - done),
           .channels = p.codec.group_channels,
           .centroids = table.centroids,
           .half = p.dtype == COUPLET_FLOAT16,
       };
+      if (table.metric) {
+        measure(p, table.metric + metric_offset(table, job.kv_head, group), static_cast<const uint8_t*>(nearest.rows),
+                nearest.tokens, measured);
+        nearest.rows = measured;
+        nearest.token_stride = nearest.channels;
+        nearest.half = false;
+      }
       (few_tokens(body, p, nearest.tokens) ? body.across_centroids : body.across_tokens)(nearest, codes);
       pack_codes(job.page + group * row_bytes, p.codec.code_bits, job.first_slot + done, nearest.tokens, codes);
     }

@@ -5,6 +5,7 @@
 #include <new>
 
 #include "../common/check.h"
+#include "../common/metric.h"
 #include "backend.h"
 
 namespace couplet::cpu {
@@ -22,7 +23,9 @@ float* allocate(couplet_table* table, int64_t count) {
 
 void destroy(couplet_table* table) {
   if (!table) return;
+  if (table->measured != table->rows) std::free(table->measured);
   std::free(table->rows);
+  std::free(table->metric);
   std::free(table->columns);
   delete table;
 }
@@ -31,7 +34,7 @@ void fill_columns(couplet_table* table) {
   int32_t const channels = table->codec.group_channels;
   for (int32_t kv_head = 0; kv_head < table->kv_heads; ++kv_head)
     for (int32_t group = 0; group < table->groups; ++group) {
-      const float* const rows = table->rows + group_offset(*table, kv_head, group);
+      const float* const rows = table->measured + group_offset(*table, kv_head, group);
       float* const columns = table->columns + group_offset(*table, kv_head, group);
       for (int32_t channel = 0; channel < channels; ++channel)
         for (int32_t centroid = 0; centroid < table->centroids; ++centroid)
@@ -52,25 +55,36 @@ couplet_status create(const couplet_table_params* params, couplet_table** out, c
       .centroids = couplet_codec_centroids(params->codec),
       .bytes = sizeof(couplet_table),
       .rows = nullptr,
+      .metric = nullptr,
+      .measured = nullptr,
       .columns = nullptr,
   };
   if (!table) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for a table of centroids");
 
   int64_t const count = int64_t{table->kv_heads} * table->groups * group_stride(*table);
   bool const with_columns = table->centroids >= smallest_columns;
+  bool const with_metric = params->metric != nullptr;
   table->rows = allocate(table, count);
+  table->metric = with_metric ? allocate(table, metric_floats(*params)) : nullptr;
+  table->measured = with_metric ? allocate(table, count) : table->rows;
   if (with_columns) table->columns = allocate(table, count);
-  if (!table->rows || (with_columns && !table->columns)) {
+  if (!table->rows || !table->measured || (with_metric && !table->metric) || (with_columns && !table->columns)) {
     destroy(table);
     return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for a table of %lld centroid channels",
                 static_cast<long long>(count));
   }
 
-  if (couplet_status const status = check_centroids(*params, report)) {
+  couplet_status status = check_centroids(*params, report);
+  if (status == COUPLET_OK) status = check_metric(*params, report);
+  if (status != COUPLET_OK) {
     destroy(table);
     return status;
   }
   std::memcpy(table->rows, params->centroids, static_cast<size_t>(count) * sizeof(float));
+  if (with_metric) {
+    std::memcpy(table->metric, params->metric, static_cast<size_t>(metric_floats(*params)) * sizeof(float));
+    measure_centroids(*params, table->measured);
+  }
   if (with_columns) fill_columns(table);
   *out = table;
   return COUPLET_OK;

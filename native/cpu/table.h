@@ -16,10 +16,14 @@ struct couplet_table {
 
   // All of them start on a cache line (64 bytes).
 
-  // float32 [kv_heads][groups][centroids][group_channels], as given: decode, attend, encode of many tokens.
+  // float32 [kv_heads][groups][centroids][group_channels], as given: decode, attend.
   float* rows;
-  // float32 [kv_heads][groups][group_channels][centroids]: encode of few tokens, whose lanes are centroids. NULL below 16
-  // centroids, where a register of centroids would be mostly padding.
+  // float32 [kv_heads][groups][group_channels][group_channels], as given, or NULL.
+  float* metric;
+  // The rows under the metric: encode of many tokens. Without a metric `rows` itself.
+  float* measured;
+  // float32 [kv_heads][groups][group_channels][centroids], of `measured`: encode of few tokens, whose lanes are centroids. NULL
+  // below 16 centroids, where a register of centroids would be mostly padding.
   float* columns;
 };
 
@@ -32,6 +36,9 @@ static inline int64_t group_stride(const couplet_table& table) {
 }
 static inline int64_t group_offset(const couplet_table& table, int32_t kv_head, int32_t group) {
   return (int64_t{kv_head} * table.groups + group) * group_stride(table);
+}
+static inline int64_t metric_offset(const couplet_table& table, int32_t kv_head, int32_t group) {
+  return (int64_t{kv_head} * table.groups + group) * table.codec.group_channels * table.codec.group_channels;
 }
 
 // Why `table` cannot serve an operation that was given these shapes; COUPLET_OK when it can.

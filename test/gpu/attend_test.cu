@@ -115,7 +115,7 @@ class DeviceCase {
   // From the CPU's table, which keeps the centroids as given.
   TableOwner make_table(const couplet_table* host, const couplet_table** place) {
     if (!host) return nullptr;
-    couplet_table_params const params{host->rows, host->kv_heads, host->head_dim, host->codec};
+    couplet_table_params const params{host->rows, host->kv_heads, host->head_dim, host->codec, nullptr};
     couplet_table* table = nullptr;
     couplet_report report{};
     expect(cuda::table_entries.create(&params, &table, &report), report);

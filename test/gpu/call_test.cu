@@ -45,7 +45,9 @@ struct CodesCase {
   }
 
   int64_t page_stride() const { return couplet_page_bytes(shape.codec, shape.head_dim, shape.page_tokens); }
-  couplet_table_params table_params() const { return {centroids.data(), shape.kv_heads, shape.head_dim, shape.codec}; }
+  couplet_table_params table_params() const {
+    return {centroids.data(), shape.kv_heads, shape.head_dim, shape.codec, nullptr};
+  }
 
   template <class Params>
   CodesCall<Params> call(const PreparedTables& tables, void* data, uint8_t* pages) const {

@@ -27,8 +27,9 @@ float widen(uint16_t bits, int32_t dtype) {
 int bytes_of(int32_t dtype) { return dtype == COUPLET_FLOAT32 ? 4 : 2; }
 
 struct GpuTable {
-  GpuTable(const Shape& shape, const std::vector<float>& centroids) {
-    couplet_table_params const params = {centroids.data(), shape.kv_heads, shape.head_dim, shape.codec};
+  GpuTable(const Shape& shape, const std::vector<float>& centroids, const std::vector<float>& metric) {
+    couplet_table_params const params = {centroids.data(), shape.kv_heads, shape.head_dim, shape.codec,
+                                         metric.empty() ? nullptr : metric.data()};
     couplet_report report{};
     CHECK(cuda::table_entries.create(&params, &table, &report) == COUPLET_OK, "%s", report.detail);
   }
@@ -50,6 +51,7 @@ struct Case {
         page_bytes(static_cast<size_t>(random.below(8) + shape.kv_heads * page_stride)),
         page_offset(static_cast<int64_t>(page_bytes) - shape.kv_heads * page_stride),
         centroids(random.normals(test::table_floats(shape))),
+        metric(random.below(2) ? test::random_metric(shape, random) : std::vector<float>{}),
         pages(page_bytes * static_cast<size_t>(shape.pages())),
         rows(static_cast<size_t>(token_stride * shape.tokens)) {
     shape.half = false;
@@ -109,6 +111,7 @@ struct Case {
   size_t page_bytes;
   int64_t page_offset;
   std::vector<float> centroids;
+  std::vector<float> metric;  // of half the cases
   std::vector<uint8_t> pages;
   std::vector<float> rows;
 };
@@ -120,7 +123,7 @@ const char* name_of(int32_t dtype) {
 // What is on the device for a case.
 struct Device {
   explicit Device(const Case& c)
-      : table(c.shape, c.centroids),
+      : table(c.shape, c.centroids, c.metric),
         rows(c.elements()),
         pages(c.pages),
         page_table(c.page_table(pages.data())),
@@ -156,7 +159,7 @@ void test_case(const Shape& shape, int32_t dtype, Random& random, bool centroid_
   std::vector<uint8_t> const codes = device.pages.read();
   CHECK(device.report().status == COUPLET_OK, "%s: status %d", text.c_str(), device.report().status);
 
-  auto const cpu_table = test::make_table(c.shape, c.centroids);
+  auto const cpu_table = test::make_table(c.shape, c.centroids, c.metric);
   auto const cpu_pages = c.page_table(c.pages.data());
   auto const cpu_encode =
       c.params<couplet_encode_params>(cpu_table.get(), c.rows.data(), cpu_pages.data(), COUPLET_FLOAT32);
@@ -256,7 +259,7 @@ void test_runs(int32_t most_tokens, int32_t dtype, Random& random) {
     p.tokens = most_tokens;
     return p;
   };
-  auto const cpu_table = test::make_table(c.shape, c.centroids);
+  auto const cpu_table = test::make_table(c.shape, c.centroids, c.metric);
   DeviceArray<couplet_encode_run> const device_runs(runs[1]);
   auto const on_cpu = in_runs(cpu_table.get(), runs[0].data(), COUPLET_FLOAT32);
   auto const on_device = in_runs(device.table.table, device_runs.data(), dtype);
@@ -303,7 +306,7 @@ void test_extreme(float scale, int32_t tokens, Random& random) {
   couplet_report report{};
   CHECK(cuda::encode_entries.run(&encode, device.workspace.data(), nullptr, &report) == COUPLET_OK, "%s",
         report.detail);
-  auto const cpu_table = test::make_table(c.shape, c.centroids);
+  auto const cpu_table = test::make_table(c.shape, c.centroids, c.metric);
   auto const cpu_pages = c.page_table(c.pages.data());
   auto const cpu_encode =
       c.params<couplet_encode_params>(cpu_table.get(), c.rows.data(), cpu_pages.data(), COUPLET_FLOAT32);

@@ -165,7 +165,7 @@ class AttendCase {
                          static_cast<size_t>(couplet_codec_centroids(codec));
     std::vector<float> centroids(count);
     for (float& channel : centroids) channel = static_cast<float>(random_.uniform(-1.73, 1.73));  // variance 1
-    couplet_table_params const params{centroids.data(), shape_.kv_heads, shape_.head_dim, codec};
+    couplet_table_params const params{centroids.data(), shape_.kv_heads, shape_.head_dim, codec, nullptr};
     couplet_table* table = nullptr;
     couplet_report report{};
     CHECK(cpu::table_entries.create(&params, &table, &report) == COUPLET_OK, "%s", report.detail);

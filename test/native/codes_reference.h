@@ -82,8 +82,19 @@ inline size_t table_floats(const Shape& shape) {
          static_cast<size_t>(shape.centroids());
 }
 
-inline Table make_table(const Shape& shape, const std::vector<float>& centroids) {
-  couplet_table_params const params = {centroids.data(), shape.kv_heads, shape.head_dim, shape.codec};
+// A matrix for every kv head and group: random ones, some of them singular, whose entries have few bits.
+inline std::vector<float> random_metric(const Shape& shape, Random& random) {
+  int32_t const channels = shape.codec.group_channels;
+  std::vector<float> metric(static_cast<size_t>(shape.kv_heads * shape.head_dim * channels));
+  for (float& entry : metric) entry = static_cast<float>(random.below(9)) / 4 - 1;
+  return metric;
+}
+
+// metric: empty, or as couplet_table_params has it
+inline Table make_table(const Shape& shape, const std::vector<float>& centroids,
+                        const std::vector<float>& metric = {}) {
+  couplet_table_params const params = {centroids.data(), shape.kv_heads, shape.head_dim, shape.codec,
+                                       metric.empty() ? nullptr : metric.data()};
   couplet_table* table = nullptr;
   couplet_report report{};
   CHECK(cpu::table_entries.create(&params, &table, &report) == COUPLET_OK, "%s", report.detail);

@@ -25,14 +25,28 @@ std::vector<const NearestBody*> bodies() {
 #endif
 }
 
-double distance_of(const Rows& rows, const Shape& shape, const std::vector<float>& centroids, int64_t token,
-                   int32_t head, int32_t group, int code) {
+// Centroids, and the metric of each group: none where it is empty.
+struct Tables {
+  std::vector<float> centroids, metric;
+};
+
+// What encode compares is rounded to float32 under a metric, and so it is here.
+double distance_of(const Rows& rows, const Shape& shape, const Tables& tables, int64_t token, int32_t head,
+                   int32_t group, int code) {
   int32_t const channels = shape.codec.group_channels;
-  const float* const centroid =
-      centroids.data() + ((int64_t{head} * shape.groups() + group) * shape.centroids() + code) * channels;
+  int64_t const number = int64_t{head} * shape.groups() + group;
+  const float* const centroid = tables.centroids.data() + (number * shape.centroids() + code) * channels;
+  const float* const matrix = tables.metric.empty() ? nullptr : tables.metric.data() + number * channels * channels;
+  auto const measured = [&](int32_t row, auto&& point) {
+    if (!matrix) return double{point(row)};
+    double product = 0;
+    for (int32_t c = 0; c < channels; ++c) product += double{matrix[row * channels + c]} * double{point(c)};
+    return double{static_cast<float>(product)};
+  };
   double sum = 0;
   for (int32_t c = 0; c < channels; ++c) {
-    double const d = double{rows.get(token, head, group * channels + c)} - double{centroid[c]};
+    double const d = measured(c, [&](int32_t i) { return rows.get(token, head, group * channels + i); }) -
+                     measured(c, [&](int32_t i) { return centroid[i]; });
     sum += d * d;
   }
   return sum;
@@ -43,12 +57,12 @@ int64_t codes_in_margin = 0;
 
 // The code must be the reference's wherever float32 rounding cannot decide: each of the channels' terms and their sum carry
 // at most channels + 2 roundings of 2^-24. Inside that margin any code at a distance within it passes and is counted.
-int reference_code(const Rows& rows, const Shape& shape, const std::vector<float>& centroids, int64_t token,
-                   int32_t head, int32_t group, int got) {
+int reference_code(const Rows& rows, const Shape& shape, const Tables& tables, int64_t token, int32_t head,
+                   int32_t group, int got) {
   int best = 0;
   double smallest = INFINITY;
   for (int k = 0; k < shape.centroids(); ++k) {
-    double const distance = distance_of(rows, shape, centroids, token, head, group, k);
+    double const distance = distance_of(rows, shape, tables, token, head, group, k);
     if (distance < smallest) {
       smallest = distance;
       best = k;
@@ -57,7 +71,7 @@ int reference_code(const Rows& rows, const Shape& shape, const std::vector<float
   ++codes_checked;
   if (got == best) return best;
   double const bound = 2 * (shape.codec.group_channels + 2) * 0x1p-24;
-  double const received = distance_of(rows, shape, centroids, token, head, group, got);
+  double const received = distance_of(rows, shape, tables, token, head, group, got);
   if (received > smallest * (1 + bound)) return best;
   ++codes_in_margin;
   return got;
@@ -81,8 +95,8 @@ Pages encode_everywhere(const Shape& shape, const couplet_table* table, Rows& ro
   return *first;
 }
 
-void check_against_reference(const Shape& shape, const std::vector<float>& centroids, Rows& rows, const Pages& before) {
-  Table const table = make_table(shape, centroids);
+void check_against_reference(const Shape& shape, const Tables& tables, Rows& rows, const Pages& before) {
+  Table const table = make_table(shape, tables.centroids, tables.metric);
   if (!table) return;
   Pages const got = encode_everywhere(shape, table.get(), rows, before);
   Pages expected = before;
@@ -91,7 +105,7 @@ void check_against_reference(const Shape& shape, const std::vector<float>& centr
       for (int32_t group = 0; group < shape.groups(); ++group) {
         int const code = got.read(shape.first_token + token, head, group);
         expected.write(shape.first_token + token, head, group,
-                       reference_code(rows, shape, centroids, token, head, group, code));
+                       reference_code(rows, shape, tables, token, head, group, code));
       }
   CHECK(got == expected, "%s", shape.text().c_str());  // codes, and every bit that is none of this call's
 }
@@ -108,7 +122,9 @@ void test_random(Random& random, int trials) {
     Shape const shape = random_shape(random);
     Rows rows(shape, random);
     fill(rows, shape, random, 1);
-    check_against_reference(shape, random.normals(table_floats(shape)), rows, Pages(shape, random));
+    Tables tables = {random.normals(table_floats(shape)), {}};
+    if (trial % 3 == 0) tables.metric = random_metric(shape, random);
+    check_against_reference(shape, tables, rows, Pages(shape, random));
   }
 }
 
@@ -123,7 +139,7 @@ void test_threads(Random& random) {
                          .first_token = 5};
     Rows rows(shape, random);
     fill(rows, shape, random, 1);
-    check_against_reference(shape, random.normals(table_floats(shape)), rows, Pages(shape, random));
+    check_against_reference(shape, {random.normals(table_floats(shape)), {}}, rows, Pages(shape, random));
   }
 }
 
@@ -134,7 +150,7 @@ void test_token_counts(Random& random) {
       Shape const shape = {.codec = codec, .kv_heads = 2, .head_dim = 24, .tokens = tokens, .first_token = tokens % 11};
       Rows rows(shape, random);
       fill(rows, shape, random, 1);
-      check_against_reference(shape, random.normals(table_floats(shape)), rows, Pages(shape, random));
+      check_against_reference(shape, {random.normals(table_floats(shape)), {}}, rows, Pages(shape, random));
     }
 }
 
@@ -151,7 +167,7 @@ void test_ties(Random& random) {
     for (int32_t token = 0; token < shape.tokens; ++token)
       for (int32_t c = 0; c < shape.head_dim; ++c) rows.set(token, 0, c, static_cast<float>(random.below(5)) / 2 - 1);
     int64_t const before = codes_in_margin;
-    check_against_reference(shape, centroids, rows, Pages(shape, random));
+    check_against_reference(shape, {centroids, {}}, rows, Pages(shape, random));
     CHECK(codes_in_margin == before, "ties are exact: %s", shape.text().c_str());
   }
 }
@@ -164,7 +180,7 @@ void test_extremes(Random& random) {
       Rows rows(shape, random);
       fill(rows, shape, random, scale);
       std::vector<float> centroids = random.normals(table_floats(shape), scale);
-      check_against_reference(shape, centroids, rows, Pages(shape, random));
+      check_against_reference(shape, {centroids, {}}, rows, Pages(shape, random));
     }
   // Everything at the ends of the range: the difference of two of them is an infinity in float32.
   for (int trial = 0; trial < 20; ++trial) {
@@ -176,7 +192,7 @@ void test_extremes(Random& random) {
       for (int32_t c = 0; c < shape.head_dim; ++c) rows.set(token, 0, c, ends[random.below(std::size(ends))]);
     std::vector<float> centroids(table_floats(shape));
     for (float& value : centroids) value = ends[random.below(std::size(ends))];
-    check_against_reference(shape, centroids, rows, Pages(shape, random));
+    check_against_reference(shape, {centroids, {}}, rows, Pages(shape, random));
   }
 }
 
@@ -360,22 +376,22 @@ void test_tables(Random& random) {
     CHECK(made == (status == COUPLET_OK), "a table exactly when it is OK");
     return status;
   };
-  CHECK(create({good.data(), 3, 16, {4, 5}}) == COUPLET_OK, "%s", report.detail);
-  CHECK(create({nullptr, 3, 16, {4, 5}}) == COUPLET_INVALID_ARGUMENT, "NULL");
-  CHECK(create({good.data(), 0, 16, {4, 5}}) == COUPLET_INVALID_ARGUMENT, "kv heads");
-  CHECK(create({good.data(), 3, 4, {4, 5}}) == COUPLET_INVALID_ARGUMENT, "headDim");
-  CHECK(create({good.data(), 3, 264, {4, 5}}) == COUPLET_INVALID_ARGUMENT, "headDim");
-  CHECK(create({good.data(), 3, 16, {5, 5}}) == COUPLET_INVALID_ARGUMENT, "codec");
-  CHECK(create({good.data(), 3, 16, {4, 13}}) == COUPLET_INVALID_ARGUMENT, "codec");
+  CHECK(create({good.data(), 3, 16, {4, 5}, nullptr}) == COUPLET_OK, "%s", report.detail);
+  CHECK(create({nullptr, 3, 16, {4, 5}, nullptr}) == COUPLET_INVALID_ARGUMENT, "NULL");
+  CHECK(create({good.data(), 0, 16, {4, 5}, nullptr}) == COUPLET_INVALID_ARGUMENT, "kv heads");
+  CHECK(create({good.data(), 3, 4, {4, 5}, nullptr}) == COUPLET_INVALID_ARGUMENT, "headDim");
+  CHECK(create({good.data(), 3, 264, {4, 5}, nullptr}) == COUPLET_INVALID_ARGUMENT, "headDim");
+  CHECK(create({good.data(), 3, 16, {5, 5}, nullptr}) == COUPLET_INVALID_ARGUMENT, "codec");
+  CHECK(create({good.data(), 3, 16, {4, 13}, nullptr}) == COUPLET_INVALID_ARGUMENT, "codec");
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // whose allocators end the process instead
-  CHECK(create({good.data(), INT32_MAX, 256, {1, 12}}) == COUPLET_OUT_OF_MEMORY, "8 PiB");
+  CHECK(create({good.data(), INT32_MAX, 256, {1, 12}, nullptr}) == COUPLET_OUT_OF_MEMORY, "8 PiB");
 #endif
   CHECK(couplet::cpu::table_entries.bytes(nullptr) == 0, "bytes of no table");
 
   for (float bad : {NAN, INFINITY, -INFINITY}) {
     std::vector<float> centroids = good;
     centroids[((2 * 4 + 3) * 32 + 30) * 4 + 1] = bad;  // kv head 2, group 3, centroid 30, channel 1 of the group
-    CHECK(create({centroids.data(), 3, 16, {4, 5}}) == COUPLET_NOT_FINITE, "%g", static_cast<double>(bad));
+    CHECK(create({centroids.data(), 3, 16, {4, 5}, nullptr}) == COUPLET_NOT_FINITE, "%g", static_cast<double>(bad));
     CHECK(report.kv_head == 2 && report.channel == 13 && std::strstr(report.detail, "centroid 30"), "%s",
           report.detail);
   }

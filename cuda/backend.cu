@@ -101,6 +101,7 @@ extern "C" __attribute__((visibility("default"))) const couplet_backend* couplet
       .attend = attend_entries,
       .attention_weights = attention_weights_entries,
       .store = store_entries,
+      .mix = mix_entries,
   };
   int devices = 0;
   cudaError_t const error = cudaGetDeviceCount(&devices);

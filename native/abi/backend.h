@@ -28,6 +28,7 @@ COUPLET_OPERATION(decode);
 COUPLET_OPERATION(attend);
 COUPLET_OPERATION(attention_weights);
 COUPLET_OPERATION(store);
+COUPLET_OPERATION(mix);
 
 typedef struct couplet_table_entries {
   couplet_status (*create)(const couplet_table_params* params, couplet_table** table, couplet_report* report);
@@ -92,6 +93,7 @@ typedef struct couplet_backend {
   couplet_attend_entries attend;
   couplet_attention_weights_entries attention_weights;
   couplet_store_entries store;
+  couplet_mix_entries mix;
 } couplet_backend;
 
 /* Exported by every backend library; NULL with a report when this machine cannot run it. */

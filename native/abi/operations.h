@@ -238,6 +238,31 @@ typedef struct couplet_store_params {
   int32_t reserved;
 } couplet_store_params;
 
+/* ---- mix --------------------------------------------------------------------------------------------------------- */
+/* Rows in place: x becomes x M, M the matrix of its head, float32 sums in ascending order of channels. For values on their way into
+   a cache, and outputs of attention on their way out. A GPU backend: runs, what they point to and the matrices are the device's; its
+   run enqueues. */
+typedef struct couplet_mix_run {
+  void* rows; /* dtype; channel c of head h of the i-th token: rows[i * token_stride + h * head_stride + c] */
+  int64_t token_stride;
+  int64_t head_stride;
+  int32_t tokens;
+  int32_t reserved;
+} couplet_mix_run;
+
+typedef struct couplet_mix_params {
+  const couplet_mix_run* runs; /* [run_count], no two of them with the same rows */
+  const float* matrices;       /* float32 [matrix_heads][head_dim of x][head_dim of the result] */
+  int32_t run_count;
+  int32_t most_tokens; /* no run has more tokens */
+  int32_t heads;       /* a multiple of matrix_heads; head h has matrix h / (heads / matrix_heads) */
+  int32_t matrix_heads;
+  int32_t head_dim;
+  int32_t dtype; /* COUPLET_FLOAT32, COUPLET_FLOAT16 or COUPLET_BFLOAT16; the CPU has float32 alone */
+  int32_t threads;
+  int32_t reserved;
+} couplet_mix_params;
+
 /* ---- attention_weights ------------------------------------------------------------------------------------------ */
 /* Importance of the tokens of one fresh sequence, for weighted kmeans (design.md section 2). With p the probability of
    query i on token t and o_i its output, summed over queries and the query heads that share a kv head:
@@ -273,6 +298,8 @@ COUPLET_STATIC_ASSERT(sizeof(couplet_attend_sequence) == 88, "attend sequence");
 COUPLET_STATIC_ASSERT(sizeof(couplet_attend_params) == 136, "attend parameters");
 COUPLET_STATIC_ASSERT(sizeof(couplet_store_run) == 64, "store runs");
 COUPLET_STATIC_ASSERT(sizeof(couplet_store_params) == 32, "store parameters");
+COUPLET_STATIC_ASSERT(sizeof(couplet_mix_run) == 32, "mix runs");
+COUPLET_STATIC_ASSERT(sizeof(couplet_mix_params) == 48, "mix parameters");
 
 #ifdef __cplusplus
 }

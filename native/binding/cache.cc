@@ -123,18 +123,50 @@ Codebook::Shape read_shape(const Options& options) {
   return shape;
 }
 
-std::vector<const float*> read_tables(const Options& options, const char* name, const Codebook::Shape& shape,
-                                      couplet_codec HeadCodecs::*side) {
+// One array a layer, of as many floats as elements_of(part) says for its parts together, to where `place` points; none at all where
+// the option is absent.
+template <class Elements, class PlaceOf>
+void read_layers(const Options& options, const char* name, const Codebook::Shape& shape, const Elements& elements_of,
+                 std::vector<Codebook::Source>* sources, const PlaceOf& place_of) {
   Napi::Array const list = options.list(name);
-  std::vector<const float*> tables;
+  if (list.Length() != sources->size())
+    throw_expected(options.env(), std::to_string(sources->size()) + " entries", name, options.get(name));
   for (uint32_t layer = 0; layer < list.Length(); ++layer) {
     size_t elements = 0;
     if (layer < shape.codecs.size())
-      for (const HeadCodecs& part : shape.codecs[layer])
-        elements += product({part.heads, shape.head_dim, couplet_codec_centroids(part.*side)});
-    tables.push_back(read_array<float>(list.Get(layer), name, elements).data);
+      for (const HeadCodecs& part : shape.codecs[layer]) elements += elements_of(part);
+    place_of((*sources)[layer]) = read_array<float>(list.Get(layer), name, elements).data;
   }
-  return tables;
+}
+
+std::vector<Codebook::Source> read_sources(const Options& options, const Codebook::Shape& shape) {
+  std::vector<Codebook::Source> sources(static_cast<size_t>(shape.layers));
+  struct Side {
+    couplet_codec HeadCodecs::*codec;
+    const char *tables, *metrics;
+  };
+  for (size_t index = 0; const Side& side : {Side{&HeadCodecs::key, "keyTables", "keyMetrics"},
+                                             Side{&HeadCodecs::value, "valueTables", "valueMetrics"}}) {
+    size_t const at = index++;
+    auto const centroids = [&](const HeadCodecs& part) {
+      return product({part.heads, shape.head_dim, couplet_codec_centroids(part.*side.codec)});
+    };
+    read_layers(options, side.tables, shape, centroids, &sources,
+                [&](Codebook::Source& source) -> const float*& { return source.tables[at]; });
+    if (!options.has(side.metrics)) continue;
+    auto const matrices = [&](const HeadCodecs& part) {
+      return product({part.heads, shape.head_dim, (part.*side.codec).group_channels});
+    };
+    read_layers(options, side.metrics, shape, matrices, &sources,
+                [&](Codebook::Source& source) -> const float*& { return source.metrics[at]; });
+  }
+  if (!options.has("valueMixes")) return sources;
+  auto const square = [&](const HeadCodecs& part) { return product({part.heads, shape.head_dim, shape.head_dim}); };
+  read_layers(options, "valueMixes", shape, square, &sources,
+              [](Codebook::Source& source) -> const float*& { return source.value_mix; });
+  read_layers(options, "valueUnmixes", shape, square, &sources,
+              [](Codebook::Source& source) -> const float*& { return source.value_unmix; });
+  return sources;
 }
 
 Napi::Value create_codebook(const Napi::CallbackInfo& info) {
@@ -142,11 +174,9 @@ Napi::Value create_codebook(const Napi::CallbackInfo& info) {
   Codebook::Shape const shape = read_shape(options);
   std::shared_ptr<const Codebook> codebook;
   couplet_report report{};
-  throw_unless_ok(
-      info.Env(),
-      Codebook::create(read_device(options), shape, read_tables(options, "keyTables", shape, &HeadCodecs::key),
-                       read_tables(options, "valueTables", shape, &HeadCodecs::value), &codebook, &report),
-      report);
+  throw_unless_ok(info.Env(),
+                  Codebook::create(read_device(options), shape, read_sources(options, shape), &codebook, &report),
+                  report);
   return make_handle(info.Env(), std::make_unique<CodebookHandle>(info.Env(), std::move(codebook)));
 }
 

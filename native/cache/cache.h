@@ -50,24 +50,39 @@ class Codebook {
     couplet_table* key = nullptr;
     couplet_table* value = nullptr;
   };
-  // key_tables, value_tables: for each layer, its parts one after another, float32 [heads][groups][2^code_bits][group_channels];
-  // copied.
-  static couplet_status create(Device device, const Shape& shape, std::span<const float* const> key_tables,
-                               std::span<const float* const> value_tables, std::shared_ptr<const Codebook>* out,
-                               couplet_report* report);
+  // Of a layer, what a codebook is made of: copied. Parts one after another, float32.
+  struct Source {
+    const float* tables[2] = {};  // of keys and values, [heads][groups][2^code_bits][group_channels]
+    const float* metrics[2] =
+        {};  // [heads][groups][group_channels][group_channels], as couplet_table_params has it, or NULL
+    // Both or none: values enter as x M and what attention makes of them leaves as x M'. [kv_heads][head_dim][head_dim]
+    const float* value_mix = nullptr;
+    const float* value_unmix = nullptr;
+  };
+  // In the memory of the device, or NULL.
+  struct Mixing {
+    const float* mix = nullptr;
+    const float* unmix = nullptr;
+  };
+  static couplet_status create(Device device, const Shape& shape, std::span<const Source> sources,
+                               std::shared_ptr<const Codebook>* out, couplet_report* report);
   ~Codebook();
   Codebook(const Codebook&) = delete;
   Codebook& operator=(const Codebook&) = delete;
   Device device() const { return device_; }
   const Shape& shape() const { return shape_; }
   std::span<const Part> layer(int32_t index) const { return layers_[static_cast<size_t>(index)]; }
+  Mixing mixing(int32_t layer) const { return mixings_.empty() ? Mixing{} : mixings_[static_cast<size_t>(layer)]; }
   size_t bytes() const { return bytes_; }
 
  private:
   Codebook() = default;
   Device device_;
   Shape shape_;
+  couplet_status keep_mixing(const Source& source, Mixing* mixing, couplet_report* report);
+
   std::vector<std::vector<Part>> layers_;
+  std::vector<Mixing> mixings_;  // [layers], or none of any
   size_t bytes_ = 0;
 };
 

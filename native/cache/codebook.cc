@@ -1,12 +1,15 @@
+#include <cmath>
 #include <new>
+#include <utility>
 
+#include "../common/metric.h"
 #include "../common/report.h"
 #include "cache.h"
 
 namespace couplet {
 namespace {
 
-couplet_status check_shape(const Codebook::Shape& shape, size_t key_tables, size_t value_tables,
+couplet_status check_shape(const Codebook::Shape& shape, std::span<const Codebook::Source> sources,
                            couplet_report* report) {
   if (shape.layers < 1 || shape.kv_heads < 1 || shape.head_dim < COUPLET_MIN_HEAD_DIM ||
       shape.head_dim > COUPLET_MAX_HEAD_DIM) {
@@ -39,19 +42,36 @@ couplet_status check_shape(const Codebook::Shape& shape, size_t key_tables, size
                 "Expected parts of at least one head, of %d together, in layer %d but received %lld%s", shape.kv_heads,
                 layer, static_cast<long long>(heads), has_empty ? " with an empty part" : "");
   }
-  if (key_tables != static_cast<size_t>(shape.layers) || value_tables != static_cast<size_t>(shape.layers)) {
-    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected %d key and %d value tables but received %zu and %zu",
-                shape.layers, shape.layers, key_tables, value_tables);
+  if (sources.size() != static_cast<size_t>(shape.layers)) {
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected tables of %d layers but received those of %zu",
+                shape.layers, sources.size());
   }
   return COUPLET_OK;
 }
 
 }  // namespace
 
-couplet_status Codebook::create(Device device, const Shape& shape, std::span<const float* const> key_tables,
-                                std::span<const float* const> value_tables, std::shared_ptr<const Codebook>* out,
-                                couplet_report* report) try {
-  couplet_status status = check_shape(shape, key_tables.size(), value_tables.size(), report);
+// Matrices that are no number would make a value that is none, and nobody could tell where it came from.
+couplet_status Codebook::keep_mixing(const Source& source, Mixing* mixing, couplet_report* report) {
+  const couplet_memory_entries& memory = device_.backend->memory;
+  auto const floats = static_cast<size_t>(shape_.kv_heads * shape_.head_dim) * static_cast<size_t>(shape_.head_dim);
+  for (auto const& [from, to] : {std::pair{source.value_mix, &mixing->mix}, {source.value_unmix, &mixing->unmix}}) {
+    for (size_t at = 0; at < floats; ++at)
+      if (!std::isfinite(from[at]))
+        return fail(report, COUPLET_NOT_FINITE, {}, "Expected finite numbers for the mixing of values but received %f",
+                    static_cast<double>(from[at]));
+    auto* const place = static_cast<float*>(memory.allocate(floats * sizeof(float)));
+    if (!place) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for %zu bytes", floats * sizeof(float));
+    *to = place;
+    bytes_ += floats * sizeof(float);
+    if (couplet_status const status = memory.copy(place, from, floats * sizeof(float), nullptr, report)) return status;
+  }
+  return COUPLET_OK;
+}
+
+couplet_status Codebook::create(Device device, const Shape& shape, std::span<const Source> sources,
+                                std::shared_ptr<const Codebook>* out, couplet_report* report) try {
+  couplet_status status = check_shape(shape, sources, report);
   if (status == COUPLET_OK) status = device.select(report);
   if (status != COUPLET_OK) return status;
   std::shared_ptr<Codebook> codebook(new Codebook);
@@ -60,14 +80,18 @@ couplet_status Codebook::create(Device device, const Shape& shape, std::span<con
   codebook->layers_.resize(static_cast<size_t>(shape.layers));
   for (int32_t layer = 0; layer < shape.layers; ++layer) {
     auto const index = static_cast<size_t>(layer);
-    const float* centroids[] = {key_tables[index], value_tables[index]};
+    const float* centroids[] = {sources[index].tables[0], sources[index].tables[1]};
+    const float* metrics[] = {sources[index].metrics[0], sources[index].metrics[1]};
     int32_t first_head = 0;
     for (const HeadCodecs& codecs : shape.codecs[index]) {
       Part& part = codebook->layers_[index].emplace_back(Part{first_head, codecs});
       for (int const side : {0, 1}) {
         couplet_codec const codec = side == 0 ? codecs.key : codecs.value;
-        couplet_table_params const params = {
-            .centroids = centroids[side], .kv_heads = codecs.heads, .head_dim = shape.head_dim, .codec = codec, .metric = nullptr};
+        couplet_table_params const params = {.centroids = centroids[side],
+                                             .kv_heads = codecs.heads,
+                                             .head_dim = shape.head_dim,
+                                             .codec = codec,
+                                             .metric = metrics[side]};
         couplet_table** const table = side == 0 ? &part.key : &part.value;
         status = device.backend->table.create(&params, table, report);
         if (status != COUPLET_OK) {
@@ -75,9 +99,17 @@ couplet_status Codebook::create(Device device, const Shape& shape, std::span<con
           return status;
         }
         codebook->bytes_ += device.backend->table.bytes(*table);
+        if (metrics[side]) metrics[side] += metric_floats(params);
         centroids[side] += int64_t{codecs.heads} * shape.head_dim * couplet_codec_centroids(codec);
       }
       first_head += codecs.heads;
+    }
+    if (!sources[index].value_mix) continue;
+    codebook->mixings_.resize(static_cast<size_t>(shape.layers));
+    status = codebook->keep_mixing(sources[index], &codebook->mixings_[index], report);
+    if (status != COUPLET_OK) {
+      if (report) report->layer = layer;
+      return status;
     }
   }
   *out = std::move(codebook);
@@ -87,6 +119,11 @@ couplet_status Codebook::create(Device device, const Shape& shape, std::span<con
 }
 
 Codebook::~Codebook() {
+  size_t const bytes =
+      static_cast<size_t>(shape_.kv_heads * shape_.head_dim) * static_cast<size_t>(shape_.head_dim) * sizeof(float);
+  for (const Mixing& mixing : mixings_)
+    for (const float* const matrices : {mixing.mix, mixing.unmix})
+      if (matrices) device_.backend->memory.release(const_cast<float*>(matrices), bytes);
   for (const std::vector<Part>& layer : layers_) {
     for (const Part& part : layer) {
       device_.backend->table.destroy(part.key);

@@ -73,6 +73,7 @@ class Step::State::Layer {
         downloads_(!is_host_ && options.outputs.place == Place::host),
         placed_(data.begin(), data.end()) {
     if (step->codebook) parts_ = step->codebook->layer(layer);
+    if (step->codebook) mixing_ = step->codebook->mixing(layer);
     part_arrays_.resize(std::max<size_t>(1, parts_.size()));
   }
 
@@ -86,6 +87,7 @@ class Step::State::Layer {
   couplet_status store_rows();
   couplet_status encode_leaving();
   couplet_status attend();
+  couplet_status unmix_outputs() { return mix(true); }
   couplet_status take_outputs();
 
   void place(Bump* bump);
@@ -96,6 +98,8 @@ class Step::State::Layer {
                       size_t dense_end);
   void gather_attended();
   couplet_status store(const couplet_store_run* runs, size_t count, int32_t dtype, ReportSlot slot);
+  void gather_mixed();
+  couplet_status mix(bool is_output);
   template <class Entries, class Params>
   couplet_status call(const Entries& entries, const Params& params, ReportSlot slot, size_t part = 0);
   couplet_status encode(size_t part, int side, bool is_held);
@@ -136,6 +140,7 @@ class Step::State::Layer {
 
   // On the host, of all heads; what launches are given lies in memory.arrays, there for each part from its first head on.
   std::vector<couplet_store_run> convert_, keep_;
+  std::vector<couplet_mix_run> mixed_[2];               // values that came, outputs
   std::vector<couplet_encode_run> held_[2], fresh_[2];  // keys, values
   std::vector<couplet_dense_rows> dense_;
   std::vector<couplet_attend_sequence> sequences_;
@@ -151,10 +156,12 @@ class Step::State::Layer {
     couplet_attend_sequence* sequences;
   };
   couplet_store_run *convert_array_ = nullptr, *keep_array_ = nullptr;
+  couplet_mix_run* mixed_arrays_[2] = {};
   std::vector<PartArrays> part_arrays_;
 
   // Without a codebook all heads are one part, and nothing is coded.
   std::span<const Codebook::Part> parts_;
+  Codebook::Mixing mixing_;
   int32_t first_head(size_t part) const { return parts_.empty() ? 0 : parts_[part].first_head; }
   int32_t heads(size_t part) const { return parts_.empty() ? owner_.config.kv_heads : parts_[part].codecs.heads; }
 };
@@ -170,8 +177,9 @@ couplet_status Step::State::Layer::run() {
   if (status != COUPLET_OK) return status;
   step_.stream = options_.stream;
   if (is_host_) step_.memory.staged = 0;
-  for (auto const part : {&Layer::bring_tables, &Layer::bring_rows, &Layer::bring_arrays, &Layer::copy_shared,
-                          &Layer::store_rows, &Layer::encode_leaving, &Layer::attend, &Layer::take_outputs}) {
+  for (auto const part :
+       {&Layer::bring_tables, &Layer::bring_rows, &Layer::bring_arrays, &Layer::copy_shared, &Layer::store_rows,
+        &Layer::encode_leaving, &Layer::attend, &Layer::unmix_outputs, &Layer::take_outputs}) {
     if (cancelled())
       return fail(report_, COUPLET_CANCELLED, {.layer = layer_}, "The attention of layer %d was cancelled", layer_);
     status = (this->*part)();
@@ -235,7 +243,7 @@ void Step::State::Layer::place(Bump* bump) {
     }
     uploaded_bytes_ = bump->bytes();
   }
-  if (dtype != COUPLET_FLOAT32) {
+  if (dtype != COUPLET_FLOAT32 || mixing_.mix) {  // the caller's values are not ours to mix in place
     int64_t first_token = 0;
     for (const Piece& piece : step_.plan.given) {
       StepData& row = placed_[piece.row];
@@ -300,12 +308,14 @@ couplet_status Step::State::Layer::bring_rows() {
 }
 
 couplet_status Step::State::Layer::bring_arrays() {
+  gather_mixed();
   gather_stored();
   gather_leaving();
   gather_attended();
   auto const lay_out = [this](Bump* bump) {
     convert_array_ = bump->take<couplet_store_run>(convert_.size());
     keep_array_ = bump->take<couplet_store_run>(keep_.size());
+    for (int side : {0, 1}) mixed_arrays_[side] = bump->take<couplet_mix_run>(mixed_[side].size());
     for (PartArrays& part : part_arrays_) {
       for (int side : {0, 1}) {
         part.held[side] = bump->take<couplet_encode_run>(held_[side].size());
@@ -333,9 +343,10 @@ couplet_status Step::State::Layer::bring_arrays() {
       std::memcpy(to, &value, sizeof value);
     }
   };
-  auto const as_it_is = [](const couplet_store_run& run, size_t) { return run; };
+  auto const as_it_is = [](const auto& run, size_t) { return run; };
   put(convert_, convert_array_, as_it_is);
   put(keep_, keep_array_, as_it_is);
+  for (int side : {0, 1}) put(mixed_[side], mixed_arrays_[side], as_it_is);
   for (size_t index = 0; index < part_arrays_.size(); ++index) {
     const PartArrays& part = part_arrays_[index];
     int64_t const head = first_head(index);
@@ -388,6 +399,25 @@ couplet_status Step::State::Layer::copy_shared() {
     }
   }
   return COUPLET_OK;
+}
+
+// Values as they came, and outputs as they will leave; placed_ has both where they may be written.
+void Step::State::Layer::gather_mixed() {
+  if (!mixing_.mix) return;
+  for (const Piece& piece : step_.plan.given) {
+    const StepData& row = placed_[piece.row];
+    mixed_[0].push_back({.rows = const_cast<void*>(row.values),
+                         .token_stride = row.value_token_stride,
+                         .head_stride = row.value_head_stride,
+                         .tokens = piece.tokens(),
+                         .reserved = 0});
+    if (!row.outputs) continue;
+    mixed_[1].push_back({.rows = row.outputs,
+                         .token_stride = row.output_token_stride,
+                         .head_stride = row.output_head_stride,
+                         .tokens = piece.tokens(),
+                         .reserved = 0});
+  }
 }
 
 // New tokens that are sinks or still in the window after the step go into their raw blocks.
@@ -501,8 +531,28 @@ couplet_status Step::State::Layer::store(const couplet_store_run* runs, size_t c
   return call(backend_.store, params, slot);
 }
 
+couplet_status Step::State::Layer::mix(bool is_output) {
+  const std::vector<couplet_mix_run>& runs = mixed_[is_output];
+  if (runs.empty()) return COUPLET_OK;
+  const CacheConfig& config = owner_.config;
+  couplet_mix_params params = {.runs = mixed_arrays_[is_output],
+                               .matrices = is_output ? mixing_.unmix : mixing_.mix,
+                               .run_count = static_cast<int32_t>(runs.size()),
+                               .most_tokens = 0,
+                               .heads = is_output ? config.query_heads : config.kv_heads,
+                               .matrix_heads = config.kv_heads,
+                               .head_dim = config.head_dim,
+                               .dtype = is_output ? options_.outputs.dtype : COUPLET_FLOAT32,
+                               .threads = config.threads,
+                               .reserved = 0};
+  for (const couplet_mix_run& run : runs) params.most_tokens = std::max(params.most_tokens, run.tokens);
+  couplet_status const status = backend_.mix.check(&params, report_);
+  return status == COUPLET_OK ? backend_.mix.run(&params, nullptr, step_.stream, report_) : status;
+}
+
 couplet_status Step::State::Layer::store_rows() {
-  couplet_status const status = store(convert_array_, convert_.size(), options_.inputs.dtype, ReportSlot::convert);
+  couplet_status status = store(convert_array_, convert_.size(), options_.inputs.dtype, ReportSlot::convert);
+  if (status == COUPLET_OK) status = mix(false);
   return status == COUPLET_OK ? store(keep_array_, keep_.size(), COUPLET_FLOAT32, ReportSlot::keep) : status;
 }
 

@@ -192,6 +192,21 @@ inline couplet_status check_store_params(const couplet_store_params* params, cou
   return COUPLET_OK;
 }
 
+// The runs are not looked at.
+inline couplet_status check_mix_params(const couplet_mix_params* params, couplet_report* report) {
+  COUPLET_EXPECT(params, "Expected parameters but received NULL");
+  const couplet_mix_params& p = *params;
+  COUPLET_EXPECT(is_dtype(p.dtype), "Expected float32, float16 or bfloat16 for `dtype` but received %d", p.dtype);
+  COUPLET_EXPECT(p.matrix_heads >= 1 && p.heads >= 1 && p.heads % p.matrix_heads == 0,
+                 "Expected a multiple of the heads that have a matrix, %d, but received %d", p.matrix_heads, p.heads);
+  COUPLET_EXPECT(p.head_dim >= 1 && p.head_dim <= COUPLET_MAX_HEAD_DIM,
+                 "Expected 1 to %d for `headDim` but received %d", COUPLET_MAX_HEAD_DIM, p.head_dim);
+  COUPLET_EXPECT(p.matrices, "Expected an array for `matrices` but received NULL");
+  COUPLET_EXPECT(p.run_count >= 0 && p.most_tokens >= 0 && (p.runs || p.run_count == 0),
+                 "Expected runs but received %d of at most %d tokens", p.run_count, p.most_tokens);
+  return COUPLET_OK;
+}
+
 // ---- attend --------------------------------------------------------------------------------------------------------------
 // What attend and attention_weights have in common.
 template <class Params>

@@ -78,6 +78,7 @@ const couplet_backend* backend() {
       .attend = attend_entries,
       .attention_weights = attention_weights_entries,
       .store = store_entries,
+      .mix = mix_entries,
   };
   return &cpu;
 }

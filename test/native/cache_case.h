@@ -52,11 +52,45 @@ struct Token {  // [layer][side][kv head][channel]
   }
 };
 
+// Values of the last layer are mixed: channel c of a head becomes channel `place[c]`, some of them negated, which is exact.
+struct Mixing {
+  std::vector<int32_t> places;  // [kv head][channel]
+  std::vector<float> signs;     // [kv head][channel]
+  std::vector<float> mix, unmix;
+
+  explicit Mixing(Random* random) : mix(side_floats * shape.head_dim), unmix(mix.size()) {
+    for (int32_t head = 0; head < shape.kv_heads; ++head) {
+      std::vector<int32_t> left(static_cast<size_t>(shape.head_dim));
+      for (int32_t channel = 0; channel < shape.head_dim; ++channel) left[static_cast<size_t>(channel)] = channel;
+      for (int32_t channel = 0; channel < shape.head_dim; ++channel) {
+        auto const pick = left.begin() + random->below(static_cast<int64_t>(left.size()));
+        places.push_back(*pick);
+        signs.push_back(random->below(2) ? 1.0f : -1.0f);
+        mix[static_cast<size_t>((head * shape.head_dim + channel) * shape.head_dim + *pick)] = signs.back();
+        unmix[static_cast<size_t>((head * shape.head_dim + *pick) * shape.head_dim + channel)] = signs.back();
+        left.erase(pick);
+      }
+    }
+  }
+  std::vector<float> mixed(const float* rows) const {
+    std::vector<float> out(side_floats);
+    for (size_t i = 0; i < side_floats; ++i) out[place(i)] = signs[i] * rows[i];
+    return out;
+  }
+  void unmixed(const std::vector<float>& from, float* rows) const {
+    for (size_t i = 0; i < side_floats; ++i) rows[i] = signs[i] * from[place(i)];
+  }
+
+ private:
+  size_t place(size_t i) const { return i / shape.head_dim * shape.head_dim + static_cast<size_t>(places[i]); }
+};
+
 struct Tables {
   std::vector<FakeTable> heads;  // [layer][side][kv head]
+  Mixing mixing;
   std::shared_ptr<const Codebook> codebook;
 
-  Tables(Device device, Random* random) {
+  Tables(Device device, Random* random) : mixing(random) {
     std::vector<std::vector<float>> sides;  // [layer][side]
     for (int32_t layer = 0; layer < shape.layers; ++layer) {
       for (int side = 0; side < 2; ++side) {
@@ -69,12 +103,13 @@ struct Tables {
         }
       }
     }
-    std::vector<const float*> pointers[2];
-    for (size_t i = 0; i < sides.size(); ++i) pointers[i % 2].push_back(sides[i].data());
+    std::vector<Codebook::Source> sources(static_cast<size_t>(shape.layers));
+    for (size_t i = 0; i < sides.size(); ++i) sources[i / 2].tables[i % 2] = sides[i].data();
+    sources.back().value_mix = mixing.mix.data();
+    sources.back().value_unmix = mixing.unmix.data();
     couplet_report report{};
     Codebook::Shape const given = {shape.layers, shape.kv_heads, shape.head_dim, layer_codecs};
-    CHECK(Codebook::create(device, given, pointers[0], pointers[1], &codebook, &report) == COUPLET_OK, "%s",
-          report.detail);
+    CHECK(Codebook::create(device, given, sources, &codebook, &report) == COUPLET_OK, "%s", report.detail);
   }
 
   const FakeTable& head(int32_t layer, int side, int32_t head) const {
@@ -87,16 +122,24 @@ struct Tables {
     token.coded.resize(token.raw.size());
     for (int32_t layer = 0; layer < shape.layers; ++layer) {
       for (int side = 0; side < 2; ++side) {
+        bool const is_mixed = side == 1 && layer == shape.layers - 1;
+        const float* const raw = token.side(token.raw, layer, side);
+        std::vector<float> const rows = is_mixed ? mixing.mixed(raw) : std::vector<float>(raw, raw + side_floats);
+        std::vector<float> coded(side_floats);
         for (int32_t head = 0; head < shape.kv_heads; ++head) {
           const FakeTable& table = this->head(layer, side, head);
           int32_t const channels = table.codec.group_channels;
           for (int32_t group = 0; group < shape.head_dim / channels; ++group) {
             int32_t const offset = head * shape.head_dim + group * channels;
-            const float* const centroid =
-                table.centroid(0, group, table.nearest(0, group, token.side(token.raw, layer, side) + offset));
-            std::copy(centroid, centroid + channels, token.side(token.coded, layer, side) + offset);
+            const float* const centroid = table.centroid(0, group, table.nearest(0, group, rows.data() + offset));
+            std::copy(centroid, centroid + channels, coded.begin() + offset);
           }
         }
+        float* const place = token.side(token.coded, layer, side);
+        if (is_mixed)
+          mixing.unmixed(coded, place);
+        else
+          std::copy(coded.begin(), coded.end(), place);
       }
     }
     return token;

@@ -156,12 +156,13 @@ void test_states() {
 void test_refused_parts() {
   couplet_codec const codec = {8, 2};
   std::vector<float> const table(size_t{shape.kv_heads} * shape.head_dim * 4);
-  const float* const tables[] = {table.data()};
+  Codebook::Source source;
+  source.tables[0] = source.tables[1] = table.data();
   auto const status_of = [&](std::vector<std::vector<HeadCodecs>> codecs) {
     std::shared_ptr<const Codebook> codebook;
     couplet_report report{};
     Codebook::Shape const given = {1, shape.kv_heads, shape.head_dim, std::move(codecs)};
-    return Codebook::create(fake_backend(), given, tables, tables, &codebook, &report);
+    return Codebook::create(fake_backend(), given, {&source, 1}, &codebook, &report);
   };
   CHECK(status_of({{{2, codec, codec}}}) == COUPLET_OK, "one part");
   CHECK(status_of({{{1, codec, codec}, {1, codec, codec}}}) == COUPLET_OK, "two parts");
@@ -172,6 +173,12 @@ void test_refused_parts() {
   CHECK(status_of({{{2, codec, codec}, {0, codec, codec}}}) == COUPLET_INVALID_ARGUMENT, "a part without heads");
   CHECK(status_of({{{3, codec, codec}, {-1, codec, codec}}}) == COUPLET_INVALID_ARGUMENT, "less than no head");
   CHECK(status_of({{{2, codec, {5, 2}}}}) == COUPLET_INVALID_ARGUMENT, "groups that do not divide headDim");
+
+  std::vector<float> matrices(side_floats * shape.head_dim);
+  source.value_mix = source.value_unmix = matrices.data();
+  CHECK(status_of({{{2, codec, codec}}}) == COUPLET_OK, "matrices");
+  matrices.back() = NAN;
+  CHECK(status_of({{{2, codec, codec}}}) == COUPLET_NOT_FINITE, "a matrix with a NaN");
 }
 
 // A token that leaves the window is encoded once for each part of a layer and side, whatever the steps' sizes.

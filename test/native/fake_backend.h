@@ -164,6 +164,26 @@ inline couplet_status fake_store(const couplet_store_params* p, void*, void*, co
   return COUPLET_OK;
 }
 
+inline couplet_status fake_mix(const couplet_mix_params* p, void*, void*, couplet_report*) {
+  CHECK(p->dtype == COUPLET_FLOAT32, "dtype %d", p->dtype);
+  for (int32_t index = 0; index < p->run_count; ++index) {
+    const couplet_mix_run& run = p->runs[index];
+    CHECK(run.tokens > 0 && run.tokens <= p->most_tokens, "run %d of %d tokens", index, run.tokens);
+    for (int32_t i = 0; i < run.tokens; ++i)
+      for (int32_t head = 0; head < p->heads; ++head) {
+        float* const row = static_cast<float*>(run.rows) + i * run.token_stride + head * run.head_stride;
+        const float* const matrix =
+            p->matrices + int64_t{head / (p->heads / p->matrix_heads)} * p->head_dim * p->head_dim;
+        std::vector<double> mixed(static_cast<size_t>(p->head_dim));
+        for (int32_t from = 0; from < p->head_dim; ++from)
+          for (int32_t to = 0; to < p->head_dim; ++to)
+            mixed[static_cast<size_t>(to)] += double{row[from]} * double{matrix[from * p->head_dim + to]};
+        for (int32_t to = 0; to < p->head_dim; ++to) row[to] = static_cast<float>(mixed[static_cast<size_t>(to)]);
+      }
+  }
+  return COUPLET_OK;
+}
+
 // One row of a token as a query of this sequence reads it; false when nothing holds it.
 inline bool fake_read(const couplet_attend_params& p, const couplet_attend_sequence& sequence, int64_t query,
                       int64_t token, int32_t head, bool is_key, double* out) {
@@ -272,6 +292,10 @@ inline const couplet_backend* fake_backend() {
                      .workspace = [](const couplet_store_params*) -> size_t { return 64; },
                      .run = fake_store,
                      .describe = nullptr};
+    backend.mix = {.check = [](const couplet_mix_params*, couplet_report*) { return COUPLET_OK; },
+                   .workspace = [](const couplet_mix_params*) -> size_t { return 0; },
+                   .run = fake_mix,
+                   .describe = nullptr};
     return backend;
   }();
   return &fake;

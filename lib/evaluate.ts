@@ -61,7 +61,17 @@ export async function evaluate(options: EvaluateOptions): Promise<Evaluation> {
     const cache = codebook ? { codebook, window, sinks } : { sinks: 0 }
     const model = await DecoderModel.load(options.model, { ...cache, ...(threads !== undefined && { threads }), device, deviceIndex })
     try {
-      return await measure(model, tokens, length, signal, onProgress)
+      const { layers, kvHeads, headDim } = model.shape
+      const total = countChunks(tokens.length, length, 2)
+      let done = 0
+      const { loss, bytesPerToken, ...rest } = await measure(model, chunks(tokens, length, 2), signal, () => onProgress?.(++done, total))
+      return {
+        perplexity: Math.exp(loss),
+        bitsPerToken: loss / Math.LN2,
+        bitsPerChannel: (bytesPerToken * 8) / (layers * 2 * kvHeads * headDim),
+        bytesPerToken,
+        ...rest,
+      }
     } finally {
       model.dispose()
     }
@@ -70,38 +80,36 @@ export async function evaluate(options: EvaluateOptions): Promise<Evaluation> {
   }
 }
 
-async function measure(model: DecoderModel, tokens: ArrayLike<number>, length: number, signal: AbortSignal | undefined,
-  onProgress: EvaluateOptions['onProgress']): Promise<Evaluation> {
-  const { layers, kvHeads, headDim } = model.shape
-  const total = countChunks(tokens.length, length, 2)
+/** What the cache of the first chunk took, and the mean loss (natural logarithm) of the next tokens of all chunks, each of two or more tokens. */
+export interface MeasuredChunks {
+  loss: number
+  /** Tokens whose loss was counted. */
+  tokens: number
+  /** Bytes of the cache: of a token, and of the tables. */
+  bytesPerToken: number
+  codebookBytes: number
+}
+
+export async function measure(model: DecoderModel, texts: Iterable<readonly number[]>, signal?: AbortSignal, onChunk?: () => void): Promise<MeasuredChunks> {
   let loss = 0
   let counted = 0
-  let done = 0
   let bytesPerToken = 0
   let codebookBytes = 0
   using sequence = model.sequence()
-  for (const chunk of chunks(tokens, length, 2)) {
+  for (const chunk of texts) {
     sequence.reset()
     const { logits } = await model.run([{ sequence, tokens: chunk }], { prefill: 'coded', logits: 'all', ...(signal && { signal }) })
     const vocabulary = logits.length / chunk.length
-    for (let t = 1; t < chunk.length; t++) loss += crossEntropy(logits.subarray((t - 1) * vocabulary, t * vocabulary), chunk[t] as number)
-    counted += chunk.length - 1
-    if (done === 0) {
+    for (let t = 1; t < chunk.length; t++) loss += crossEntropy(logits.subarray((t - 1) * vocabulary, t * vocabulary), chunk[t]!)
+    if (counted === 0) {
       const statistics = model.cache.statistics()
       bytesPerToken = (statistics.pageBytes + statistics.rawBytes) / statistics.tokens
       codebookBytes = statistics.codebookBytes
     }
-    onProgress?.(++done, total)
+    counted += chunk.length - 1
+    onChunk?.()
   }
-  const mean = loss / counted
-  return {
-    perplexity: Math.exp(mean),
-    bitsPerToken: mean / Math.LN2,
-    bitsPerChannel: (bytesPerToken * 8) / (layers * 2 * kvHeads * headDim),
-    bytesPerToken,
-    codebookBytes,
-    tokens: counted,
-  }
+  return { loss: loss / counted, tokens: counted, bytesPerToken, codebookBytes }
 }
 
 /** -log softmax(logits)[target], in double precision. */

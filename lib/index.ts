@@ -4,8 +4,8 @@ export type {
 } from './cache'
 export { Cache, Sequence, Step } from './cache'
 export type {
-  Activations, Calibrated, CalibrateOptions, CalibrationProgress, Captured, CaptureActivationsOptions, LearnOptions, SideActivations, TextInput, Texts,
-  WeightKind,
+  Activations, Calibrated, CalibrateOptions, CalibrationProgress, CalibrationReport, CalibrationWarning, Captured, CaptureActivationsOptions, LayerError,
+  LearnOptions, PredictedText, SideActivations, SideError, SufferingPlace, TextInput, Texts, WeightKind,
 } from './calibrate'
 export { calibrate, captureActivations, learnCodebook } from './calibrate'
 export type { BackendState, Capabilities, DeviceInfo, SilentDevice } from './capabilities'

@@ -9,15 +9,15 @@ import { DecoderModel } from '../onnx/model'
 import type { Activations, LayerRows, SampleStore, TokenRows, WeightWidth } from './sample'
 import { ActivationSample, MemoryStore } from './sample'
 import type { Chunk, Texts } from './text'
-import { TextReader } from './text'
+import { EvenChoice, TextReader } from './text'
 
 /** What the importance of a token is when centroids are learned; see docs/algorithm.md. */
 export type WeightKind = 'uniform' | 'attention' | 'fisher'
 
 export interface CalibrationProgress {
-  /** `capture`: tokens are run through the model; `learn`: centroids are learned. */
-  phase: 'capture' | 'learn'
-  /** Tokens, or sides of layers with the share that is done of the present one. */
+  /** `capture`: tokens are run through the model; `learn`: centroids are learned; `predict`: what they cost is measured. */
+  phase: 'capture' | 'learn' | 'predict'
+  /** Tokens; sides of layers, with the share that is done of the present one; chunks. */
   done: number
   /** An estimate until the text has ended; undefined for a stream. */
   total: number | undefined
@@ -32,7 +32,7 @@ export interface CommonOptions {
 }
 
 export interface CaptureActivationsOptions extends CommonOptions {
-  /** One text or several: each a string, token ids, `{ file }`, or a stream. What is read of it at a time is 64 Ki characters. */
+  /** One text or several: each a string, token ids, `{ file }`, or a stream. What is read of it at a time is 16 Ki characters. */
   text: Texts
   /** Where the tokenizer lies; needed for a text. */
   directory?: string
@@ -74,7 +74,7 @@ export interface Captured {
 }
 
 /** Chunks that are kept as tokens, to be predicted when the codebook is there. */
-const judgedChunks = 8
+export const judgedChunks = 8
 
 /** Of `points`, for the tokens held out. */
 const heldOutPoints = 1 / 8
@@ -90,7 +90,27 @@ export async function captureActivations(model: DecoderModel, options: CaptureAc
   requireModel(model)
   requireObject(options, 'options')
   const { points } = checkCapture(options)
-  return capture(model, options, { sample: new MemoryStore(points), heldOut: new MemoryStore(heldOutPointsOf(points)) })
+  return capture(model, options, memoryStores(points))
+}
+
+/** How far the text has been run. */
+export interface CaptureState {
+  chunks: number
+  tokens: number
+  /** Hash of these tokens. */
+  text: string
+  /** Whether that is all of it. */
+  whole: boolean
+}
+
+/** Keeps what the stores have across processes. */
+export interface CaptureCheckpoint {
+  /** What the stores have already; undefined: nothing. */
+  readonly state: CaptureState | undefined
+  /** After each chunk, and at the end. */
+  save(state: CaptureState): Promise<void>
+  /** Throws: the state is that of another text. */
+  refuseText(): never
 }
 
 /** Where a sample goes. */
@@ -99,7 +119,11 @@ export interface CaptureStores {
   heldOut: SampleStore
 }
 
-export function heldOutPointsOf(points: number): number {
+export function memoryStores(points: number): CaptureStores {
+  return { sample: new MemoryStore(points), heldOut: new MemoryStore(heldOutPointsOf(points)) }
+}
+
+function heldOutPointsOf(points: number): number {
   return Math.max(1, Math.ceil(points * heldOutPoints))
 }
 
@@ -117,8 +141,9 @@ export function checkCapture(options: CaptureActivationsOptions): CapturePlan {
   return { length, points, heldOut, weights, seed }
 }
 
-/** {@link captureActivations} into stores of the caller. */
-export async function capture(model: DecoderModel, options: CaptureActivationsOptions, stores: CaptureStores): Promise<Captured> {
+/** {@link captureActivations} into stores of the caller, which may have the first chunks already. */
+export async function capture(model: DecoderModel, options: CaptureActivationsOptions, stores: CaptureStores, checkpoint?: CaptureCheckpoint,
+): Promise<Captured> {
   const { length, points, heldOut: share, weights, seed } = checkCapture(options)
   const { signal, onProgress } = options
   const { shape } = model
@@ -127,18 +152,27 @@ export async function capture(model: DecoderModel, options: CaptureActivationsOp
   const sample = sampleIn(stores.sample, points)
   const heldOut = sampleIn(stores.heldOut, heldOutPointsOf(points))
   const judged = new EvenChoice<readonly number[]>(judgedChunks)
-  const reader = await TextReader.open(options.text, { directory: options.directory, length })
-  await using runner = await openRunner(model, options)
-  for await (const chunk of reader.chunks()) {
+  const reader = await TextReader.open(options.text, { directory: options.directory, length, signal })
+  const known = checkpoint?.state?.chunks ?? 0
+  await using runner = new Runner(model, options)
+  for await (const chunk of reader.read()) {
     signal?.throwIfAborted()
-    const rows = await runner.run(chunk)
     const held = isHeldOut(chunk.index, share)
-    await (held ? heldOut : sample).add(rows)
     if (held) judged.add(chunk.tokens)
+    if (chunk.index < known) {
+      (held ? heldOut : sample).skip(chunk.tokens.length)
+      if (chunk.index + 1 === known && reader.hash !== checkpoint?.state?.text) checkpoint?.refuseText()
+      continue
+    }
+    if (checkpoint?.state?.whole) checkpoint.refuseText()
+    await (held ? heldOut : sample).add(await runner.run(chunk))
+    await checkpoint?.save({ chunks: reader.chunks, tokens: reader.tokens, text: reader.hash, whole: false })
     onProgress?.({ phase: 'capture', done: reader.tokens, total: reader.expectedTokens })
   }
+  if (reader.chunks < known) checkpoint?.refuseText()
   if (reader.tokens === 0) throw rangeError('Expected a text of at least one token for `text` but received an empty one')
-  const { tokens, hash: text } = reader
+  const { tokens, hash: text, chunks } = reader
+  await checkpoint?.save({ chunks, tokens, text, whole: true })
   const dispose = () => {
     stores.sample.dispose()
     stores.heldOut.dispose()
@@ -154,57 +188,50 @@ function isHeldOut(index: number, share: number): boolean {
   return index % period === Math.floor(period / 2)
 }
 
-/** At most so many items of a list whose length nobody knows, evenly spread. */
-export class EvenChoice<Item> {
-  readonly #most: number
-  #items: Item[] = []
-  #stride = 1
-  #seen = 0
+type Run = (chunk: Chunk) => Promise<TokenRows>
 
-  constructor(most: number) {
-    this.#most = most
+/** Runs chunks of a text, each a sequence of its own; what it needs besides the model is opened for the first one. */
+class Runner implements AsyncDisposable {
+  readonly #model: DecoderModel
+  readonly #options: CaptureActivationsOptions
+  #run: Run | undefined
+  #close: (() => Promise<void> | void) | undefined
+
+  constructor(model: DecoderModel, options: CaptureActivationsOptions) {
+    this.#model = model
+    this.#options = options
   }
 
-  get items(): readonly Item[] {
-    return this.#items
+  async run(chunk: Chunk): Promise<TokenRows> {
+    this.#run ??= await this.#open()
+    return this.#run(chunk)
   }
 
-  add(item: Item): void {
-    const place = this.#seen++
-    if (this.#items.length === this.#most && place % this.#stride === 0) {
-      this.#items = this.#items.filter((_, i) => i % 2 === 0)
-      this.#stride *= 2
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#close?.()
+  }
+
+  async #open(): Promise<Run> {
+    const { weights = 'uniform', gradients, threads, signal } = this.#options
+    const model = this.#model
+    if (weights !== 'fisher') return ({ tokens }) => runForward(model, tokens, weights, signal)
+    if (gradients === undefined) {
+      const backward = await GradientModel.load(model.file, threads === undefined ? {} : { threads })
+      this.#close = () => { backward.dispose() }
+      return (chunk) => runBackward(backward, chunk, signal)
     }
-    if (place % this.#stride === 0) this.#items.push(item)
+    const { length } = checkCapture(this.#options)
+    const file = await GradientFile.open(gradients, model.shape, { length, ...await readThrough(this.#options, length) })
+    this.#close = () => file.close()
+    return async ({ tokens, first }) => {
+      const { rows } = await runForward(model, tokens, 'uniform', signal)
+      return { tokens: tokens.length, rows, weights: squares(await file.read(first, tokens.length), model.shape, first) }
+    }
   }
 }
 
-/** Runs chunks of a text, each a sequence of its own. */
-interface Runner extends AsyncDisposable {
-  run(chunk: Chunk): Promise<TokenRows>
-}
-
-async function openRunner(model: DecoderModel, options: CaptureActivationsOptions): Promise<Runner> {
-  const { weights = 'uniform', gradients, threads, signal } = options
-  if (weights !== 'fisher') return { run: ({ tokens }) => runForward(model, tokens, weights, signal), [Symbol.asyncDispose]: async () => {} }
-  if (gradients === undefined) {
-    const backward = await GradientModel.load(model.file, threads === undefined ? {} : { threads })
-    // eslint-disable-next-line @typescript-eslint/require-await -- others wait
-    return { run: (chunk) => runBackward(backward, chunk, signal), [Symbol.asyncDispose]: async () => { backward.dispose() } }
-  }
-  const { length } = checkCapture(options)
-  const { tokens, hash } = await readThrough(options, length)
-  const file = await GradientFile.open(gradients, model.shape, { tokens, length, hash })
-  return {
-    run: async (chunk) => {
-      const { rows } = await runForward(model, chunk.tokens, 'uniform', signal)
-      return { tokens: chunk.tokens.length, rows, weights: squares(await file.read(chunk.first, chunk.tokens.length), model.shape, chunk.first) }
-    },
-    [Symbol.asyncDispose]: () => file.close(),
-  }
-}
-
-async function runForward(model: DecoderModel, tokens: readonly number[], weights: 'uniform' | 'attention', signal: AbortSignal | undefined,
+/** Keys and values of one chunk, before rotary embedding. */
+export async function runForward(model: DecoderModel, tokens: readonly number[], weights: 'uniform' | 'attention', signal: AbortSignal | undefined,
 ): Promise<TokenRows> {
   const { layers, kvHeads, headDim } = model.shape
   using sequence = model.sequence()
@@ -245,10 +272,10 @@ function squares(gradients: Record<Side, Float32Array[]>, { kvHeads, headDim }: 
 }
 
 /** Number and hash of the tokens, before anything is run. */
-async function readThrough({ text, directory }: CaptureActivationsOptions, length: number): Promise<{ tokens: number; hash: string }> {
-  const reader = await TextReader.open(text, { directory, length })
+async function readThrough({ text, directory, signal }: CaptureActivationsOptions, length: number): Promise<{ tokens: number; hash: string }> {
+  const reader = await TextReader.open(text, { directory, length, signal })
   if (!reader.isRepeatable) throw rangeError('Expected texts that can be read twice for `text` beside `gradients` but received a stream')
-  for await (const chunk of reader.chunks()) void chunk
+  for await (const chunk of reader.read()) void chunk
   return { tokens: reader.tokens, hash: reader.hash }
 }
 

@@ -47,11 +47,13 @@ export interface LearnedSide {
   codec: Codec
   /** float32 [kvHeads][groups][centroids][groupChannels] */
   table: Float32Array
+  /** Whether somebody had it already. */
+  known: boolean
 }
 
-/** Tables layer by layer, the key side before the value side. `known`: those that somebody has already. */
+/** Tables layer by layer, the key side before the value side. `readKnown`: gives those that somebody has already. */
 export async function* learnSides(captured: Captured, options: LearnOptions,
-  known?: (layer: number, side: Side) => Promise<Float32Array | undefined>): AsyncGenerator<LearnedSide> {
+  readKnown?: (layer: number, side: Side) => Promise<Float32Array | undefined>): AsyncGenerator<LearnedSide> {
   requireCallOptions(options)
   const { sample, model } = captured
   const { layers, kvHeads, headDim } = model.shape
@@ -62,8 +64,9 @@ export async function* learnSides(captured: Captured, options: LearnOptions,
       const place = 2 * layer + (side === 'key' ? 0 : 1)
       const report = (share: number) => options.onProgress?.({ phase: 'learn', done: place + share, total: 2 * layers })
       const codec = codecs[side]
-      const table = await known?.(layer, side) ?? await learnTable(await sample.side(layer, side), { ...shape, codec }, options, report)
-      yield { layer, side, codec, table }
+      const known = await readKnown?.(layer, side)
+      const table = known ?? await learnTable(await sample.side(layer, side), { ...shape, codec }, options, report)
+      yield { layer, side, codec, table, known: known !== undefined }
       report(1)
     }
   }

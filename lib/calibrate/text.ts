@@ -24,12 +24,20 @@ export interface Chunk {
  * Characters that are tokenized at a time, cut where a line ends: a token or two may come out differently there. Where the cuts
  * are depends on the text alone, not on how a stream delivers it.
  */
-const pieceCharacters = 2 ** 16
+const pieceCharacters = 2 ** 14
 
 interface Piece {
   ids: ArrayLike<number>
   /** Bytes of text that it came from, or tokens where these were given. */
   units: number
+}
+
+export interface ReadOptions {
+  /** Where the tokenizer lies; needed unless all texts are token ids. */
+  directory: string | undefined
+  /** Tokens of a chunk; the last one of each text may be shorter. */
+  length: number
+  signal?: AbortSignal | undefined
 }
 
 interface Document {
@@ -43,26 +51,25 @@ interface Document {
 export class TextReader {
   readonly #documents: readonly Document[]
   readonly #length: number
+  readonly #signal: AbortSignal | undefined
   readonly #hash = createHash('sha256')
   /** What was read and what is left, texts in bytes; a stream makes what is left NaN. */
   readonly #text = { tokens: 0, bytes: 0, bytesLeft: 0 }
   readonly #given = { tokens: 0, tokensLeft: 0 }
   #tokens = 0
+  #chunks = 0
 
-  private constructor(documents: readonly Document[], length: number) {
+  private constructor(documents: readonly Document[], length: number, signal: AbortSignal | undefined) {
     this.#documents = documents
     this.#length = length
+    this.#signal = signal
     for (const { isText, units = NaN } of documents) {
       if (isText) this.#text.bytesLeft += units
       else this.#given.tokensLeft += units
     }
   }
 
-  /**
-   * @param directory where the tokenizer lies; needed unless all texts are token ids
-   * @param length tokens of a chunk; the last one of each text may be shorter
-   */
-  static async open(texts: Texts, { directory, length }: { directory: string | undefined; length: number }): Promise<TextReader> {
+  static async open(texts: Texts, { directory, length, signal }: ReadOptions): Promise<TextReader> {
     const inputs: readonly TextInput[] = isSeveral(texts) ? texts : [texts]
     let tokenizer: Promise<TextTokenizer> | undefined
     const documents: Document[] = []
@@ -78,20 +85,21 @@ export class TextReader {
       const parts = () => typeof input === 'string' ? [input] : isFile(input) ? createReadStream(input.file) : input
       documents.push({ isText: true, units, pieces: () => tokenized(parts(), (text) => known.encode(text)) })
     }
-    return new TextReader(documents, length)
+    return new TextReader(documents, length, signal)
   }
 
-  async* chunks(): AsyncGenerator<Chunk> {
-    let index = 0
+  /** All of them; once. */
+  async* read(): AsyncGenerator<Chunk> {
     for (const { pieces, isText } of this.#documents) {
       let rest: number[] = []
       const take = (tokens: number[]): Chunk => {
-        const chunk = { tokens, index: index++, first: this.#tokens }
+        const chunk = { tokens, index: this.#chunks++, first: this.#tokens }
         this.#hash.update(Uint32Array.from(tokens))
         this.#tokens += tokens.length
         return chunk
       }
       for await (const { ids, units } of pieces()) {
+        this.#signal?.throwIfAborted()
         this.#count(ids.length, units, isText)
         let start = this.#length - rest.length
         if (ids.length >= start) {
@@ -107,6 +115,11 @@ export class TextReader {
   /** Whether another reader of the same texts would read the same: not so of a stream. */
   get isRepeatable(): boolean {
     return this.#documents.every(({ units }) => units !== undefined)
+  }
+
+  /** Chunks so far. */
+  get chunks(): number {
+    return this.#chunks
   }
 
   /** Tokens of the chunks so far. */
@@ -164,6 +177,38 @@ function cut(text: string, start: number): number {
   for (let end = most; end > least; end--) if (text[end - 1] === '\n' && !isBlank(end)) return end
   for (let end = most; end > least; end--) if (isBlank(end) && !isBlank(end - 1)) return end
   return /[\uD800-\uDBFF]/.test(text[most - 1]!) ? most - 1 : most
+}
+
+/** At most `most` chunks of two or more tokens, evenly spread over texts that are read through for it. */
+export async function evenChunks(texts: Texts, options: ReadOptions, most: number): Promise<readonly (readonly number[])[]> {
+  const choice = new EvenChoice<readonly number[]>(most)
+  for await (const { tokens } of (await TextReader.open(texts, options)).read()) if (tokens.length > 1) choice.add(tokens)
+  return choice.items
+}
+
+/** At most so many items of a list whose length nobody knows, evenly spread. */
+export class EvenChoice<Item> {
+  readonly #most: number
+  #items: Item[] = []
+  #stride = 1
+  #seen = 0
+
+  constructor(most: number) {
+    this.#most = most
+  }
+
+  get items(): readonly Item[] {
+    return this.#items
+  }
+
+  add(item: Item): void {
+    const place = this.#seen++
+    if (this.#items.length === this.#most && place % this.#stride === 0) {
+      this.#items = this.#items.filter((_, i) => i % 2 === 0)
+      this.#stride *= 2
+    }
+    if (place % this.#stride === 0) this.#items.push(item)
+  }
 }
 
 /** Token ids of a whole text: as they are, or by the tokenizer of a model directory. */

@@ -1,20 +1,26 @@
-import { access, constants, readFile } from 'node:fs/promises'
+import { access, constants } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
-import { Command, Option } from 'commander'
-import { calibrate, type WeightKind } from '../calibrate'
+import { Command, InvalidArgumentError, Option } from 'commander'
+import { calibrate, type CalibrationProgress, type CalibrationReport, type PredictedText, type TextInput, type WeightKind } from '../calibrate'
+import { removeCheckpoint } from '../calibrate/checkpoint'
 import type { DeviceName } from '../device'
+import { writeAtomically } from '../files'
 import { codecName, deviceIndexOption, deviceOption, integer, lengthOption, modelOption, seedOption, threadsOption } from './options'
 import { Progress } from './progress'
 
 interface Flags {
   model: string
-  text: string
+  text: string[]
+  evalText?: string[]
   length: number
   codec: string
   weights: WeightKind
   gradients?: string
   points: number
+  heldOut: number
   iterations: number
+  checkpoint?: string
+  report?: string
   out: string
   seed: number
   threads?: number
@@ -22,17 +28,23 @@ interface Flags {
   deviceIndex: number
 }
 
+const titles: Record<CalibrationProgress['phase'], string> = { capture: 'running the text', learn: 'learning centroids', predict: 'judging' }
+
 export function calibrateCommand(signal: AbortSignal): Command {
   return new Command('calibrate')
-    .description('learn a codebook for a model from a text')
+    .description('learn a codebook for a model from a text, and say what it will cost; goes on where it was interrupted')
     .addOption(modelOption())
-    .requiredOption('--text <file>', 'text to learn from, UTF-8')
+    .addOption(textOption('--text <file>', 'text to learn from, UTF-8; more than once for several, - for standard input').makeOptionMandatory())
+    .addOption(textOption('--eval-text <file>', 'text such as the codebook will meet: how far it is from the other, and what codes cost on it'))
     .addOption(lengthOption())
     .addOption(new Option('--codec <name>', 'cq-<c>c<b>b: c channels share a code of b bits').default('cq-8c8b').argParser(codecName))
     .addOption(new Option('--weights <kind>', 'importance of a token').choices(['uniform', 'attention', 'fisher']).default('attention'))
     .option('--gradients <file>', 'for fisher weights: gradients of this text, computed elsewhere (docs/gradients.md)')
     .addOption(new Option('--points <count>', 'tokens kept for learning, a uniform sample').default(32768).argParser(integer(1)))
+    .addOption(new Option('--held-out <share>', 'share of the text to judge by and not to learn from, 0 to 0.5').default(0.1).argParser(share))
     .addOption(new Option('--iterations <count>', 'k-means iterations at most').default(100).argParser(integer(1)))
+    .option('--checkpoint <folder>', 'keeps the state, and is removed at the end (default: <out>.checkpoint)')
+    .option('--report <file>', 'report to write as JSON')
     .requiredOption('--out <file>', 'codebook to write (safetensors)')
     .addOption(seedOption())
     .addOption(threadsOption())
@@ -40,21 +52,73 @@ export function calibrateCommand(signal: AbortSignal): Command {
     .addOption(deviceIndexOption())
     .action(async (flags: Flags) => {
       const progress = new Progress()
+      const { text, evalText, out, report: reportFile, checkpoint = `${out}.checkpoint`, ...rest } = flags
       try {
-        const text = await readFile(flags.text, 'utf8')
-        await access(dirname(resolve(flags.out)), constants.W_OK) // said before hours of learning, not after
-        const { codebook } = await calibrate({
-          ...flags,
-          text,
+        for (const file of [out, reportFile ?? out]) await access(dirname(resolve(file)), constants.W_OK) // said before hours of learning, not after
+        const { codebook, report } = await calibrate({
+          ...rest,
+          text: inputs(text),
+          ...(evalText && { evalText: inputs(evalText) }),
+          checkpoint,
           signal,
-          onProgress: ({ phase, done, total }) => { progress.update(phase === 'capture' ? 'running the text' : 'learning centroids', done, total ?? 0) },
+          onProgress: ({ phase, done, total }) => { progress.update(titles[phase], done, total) },
         })
         progress.stop()
-        await codebook.save(flags.out)
-        console.log(`${flags.out}: ${codebook.keyCodec?.name}, ${codebook.layers} layers, ${codebook.kvHeads} kv heads, headDim ${codebook.headDim}, learned from ${codebook.metadata.learned?.tokens ?? 0} tokens`)
+        await codebook.save(out)
+        if (reportFile !== undefined) await writeAtomically(reportFile, [new TextEncoder().encode(`${JSON.stringify(report, null, 2)}\n`)])
+        await removeCheckpoint(checkpoint)
+        console.log(`${out}: ${codecNames(report)}, ${codebook.layers} layers, ${codebook.kvHeads} kv heads, headDim ${codebook.headDim}`)
+        print(report)
         codebook.dispose()
       } finally {
         progress.stop()
       }
     })
+}
+
+function textOption(flags: string, description: string): Option {
+  return new Option(flags, description).argParser((file: string, before: string[] | undefined) => [...(before ?? []), file])
+}
+
+function share(text: string): number {
+  const value = Number(text)
+  if (text.trim() === '' || !(value >= 0 && value <= 0.5)) throw new InvalidArgumentError('Expected a number from 0 to 0.5.')
+  return value
+}
+
+function inputs(names: readonly string[]): TextInput[] {
+  if (names.filter((name) => name === '-').length > 1) throw new Error('Standard input can be read once only')
+  return names.map((name) => (name === '-' ? process.stdin : { file: name }))
+}
+
+function print({ tokens, pointsPerCentroid, error, suffering, expected, evaluation, warnings }: CalibrationReport): void {
+  const points = [...new Set([pointsPerCentroid.key, pointsPerCentroid.value].map((count) => count.toFixed(1)))].join(' and ')
+  console.log(`learned from    ${tokens.learned} of ${tokens.run} tokens, ${points} a centroid; ${tokens.heldOut} others held out to judge by`)
+  for (const side of ['key', 'value'] as const) {
+    const { learned, heldOut } = error[side]
+    console.log(`${side}s lose${side === 'key' ? '  ' : ''}     ${percent(learned)} of their variance${heldOut === undefined ? '' : `, ${percent(heldOut)} of that held out`}`)
+  }
+  if (expected) console.log(`expected        ${prediction(expected)} on text held out`)
+  if (evaluation) {
+    const distance = evaluation.distance === undefined ? '' : `, coded error ${evaluation.distance.toFixed(2)} times that of text held out`
+    console.log(`evaluation text ${prediction(evaluation)}${distance}`)
+  }
+  for (const { layer, side, kvHead, error: lost, median } of suffering.slice(0, 8)) {
+    console.log(`suffers         layer ${layer}, ${side}s${kvHead === undefined ? '' : ` of kv head ${kvHead}`}: ${percent(lost)}, median ${percent(median)}`)
+  }
+  if (suffering.length > 8) console.log(`                and ${suffering.length - 8} others (--report)`)
+  for (const { message } of warnings) console.warn(`warning: ${message}`)
+}
+
+function prediction({ tokens, full, coded }: PredictedText): string {
+  const change = coded.perplexity / full.perplexity - 1
+  return `perplexity ${full.perplexity.toFixed(3)} -> ${coded.perplexity.toFixed(3)} (${change < 0 ? '' : '+'}${percent(change)}; window 32, sinks 4; ${tokens} tokens)`
+}
+
+function codecNames({ codec: { key, value } }: CalibrationReport): string {
+  return key === value ? key : `${key} and ${value}`
+}
+
+function percent(share: number): string {
+  return `${(100 * share).toFixed(1)} %`
 }

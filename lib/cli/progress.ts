@@ -6,13 +6,13 @@ export class Progress {
   #title = ''
   #start = { time: 0, done: 0 }
 
-  /** `note`: a word on what was reached so far. */
-  update(title: string, done: number, total: number, note = ''): void {
+  /** `total`: undefined where nobody knows it. `note`: a word on what was reached so far. */
+  update(title: string, done: number, total: number | undefined, note = ''): void {
     if (title !== this.#title || !this.#bar) {
       this.stop()
       this.#title = title
       this.#bar = new SingleBar({
-        format: `${title.padEnd(24)} {bar} {percentage} % | {left} left {note}`,
+        format: `${title.padEnd(24)} ${total === undefined ? '{value} done' : '{bar} {percentage} % | {left} left'} {note}`,
         barCompleteChar: '█',
         barIncompleteChar: '░',
         barsize: 30,
@@ -22,9 +22,10 @@ export class Progress {
         stream: process.stderr,
       })
       this.#start = { time: performance.now(), done }
-      this.#bar.start(total, done, { left: '?', note })
+      this.#bar.start(total ?? Infinity, done, { left: '?', note })
     }
-    this.#bar.update(done, { left: this.#left(done, total), note })
+    if (total !== undefined) this.#bar.setTotal(total)
+    this.#bar.update(done, { left: this.#left(done, total ?? NaN), note })
   }
 
   /** By the mean speed since the start: that of the last steps, which cli-progress takes, jumps with every other load of the machine. */

@@ -1,10 +1,9 @@
 import { setImmediate } from 'node:timers/promises'
 import { requireCallOptions, requireInteger, requireObject } from '../arguments'
 import { captureActivations } from '../calibrate'
-import { EvenChoice } from '../calibrate/capture'
 import type { Activations } from '../calibrate/sample'
 import type { Texts } from '../calibrate/text'
-import { TextReader } from '../calibrate/text'
+import { EvenChoice, TextReader } from '../calibrate/text'
 import { Codebook } from '../codebook'
 import { rangeError } from '../errors'
 import { DecoderModel } from '../onnx/model'
@@ -165,7 +164,7 @@ async function attentionTexts(text: Texts, directory: string, length: number): P
   if (!reader.isRepeatable) throw rangeError('Expected texts that can be read twice for `text` but received a stream')
   const whole = new EvenChoice<number[]>(mostAttentionChunks)
   let longest: number[] = []
-  for await (const { tokens } of reader.chunks()) {
+  for await (const { tokens } of reader.read()) {
     if (tokens.length === length) whole.add(tokens)
     if (tokens.length > longest.length) longest = tokens
   }

@@ -4,13 +4,17 @@ import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'no
 import { tmpdir } from 'node:os'
 import path from 'node:path'
 
-import type { Capabilities } from '../../lib'
+import type { CalibrationReport, Capabilities } from '../../lib'
 
 const root = path.join(__dirname, '..', '..')
 const model = path.join(root, 'models', 'tiny-llama-bytes')
 
-function couplet(...args: string[]): { code: number | null; out: string; err: string } {
-  const done = spawnSync(process.execPath, ['--import', 'tsx', path.join(root, 'lib', 'cli', 'couplet.ts'), ...args], { encoding: 'utf8', cwd: root })
+interface Ran { code: number | null; out: string; err: string }
+
+const couplet = (...args: string[]): Ran => coupletWith('', ...args)
+
+function coupletWith(input: string, ...args: string[]): Ran {
+  const done = spawnSync(process.execPath, ['--import', 'tsx', path.join(root, 'lib', 'cli', 'couplet.ts'), ...args], { encoding: 'utf8', cwd: root, input })
   assert.equal(done.signal, null, `couplet ${args[0]} was ended by ${done.signal}: ${done.stderr}`)
   return { code: done.status, out: done.stdout, err: done.stderr }
 }
@@ -49,6 +53,27 @@ describe('the couplet command', function () {
     assert.equal(written.code, 0, written.err)
     assert.ok(written.out.startsWith('The file '))
     assert.ok(written.out.length > 'The file \n'.length)
+  })
+
+  it('calibrates from several files and standard input, and reports', () => {
+    const [book, report] = [file('several.safetensors'), file('report.json')]
+    writeFileSync(file('second.txt'), readFileSync(file('learn.txt'), 'utf8').slice(1000, 3000))
+    const arguments_ = ['calibrate', '--model', model, '--text', '-', '--text', file('second.txt'), '--eval-text', file('predict.txt'), '--length', '128',
+      '--codec', 'cq-8c6b', '--iterations', '5', '--out', book, '--report', report]
+    const { code, out, err } = coupletWith(readFileSync(file('learn.txt'), 'utf8'), ...arguments_)
+    assert.equal(code, 0, err)
+    assert.match(out, /cq-8c6b, 4 layers, 2 kv heads, headDim 64\nlearned from +\d+ of 6\d+ tokens, [\d.]+ a centroid; \d+ others held out/)
+    assert.match(out, /\nexpected +perplexity [\d.]+ -> [\d.]+ \(\+[\d.]+ %; window 32, sinks 4; \d+ tokens\) on text held out\n/)
+    assert.match(out, /\nevaluation text perplexity .* coded error [\d.]+ times that of text held out/)
+    const { tokens, layers } = JSON.parse(readFileSync(report, 'utf8')) as CalibrationReport
+    assert.equal(tokens.run, readFileSync(file('learn.txt')).length + readFileSync(file('second.txt')).length)
+    assert.equal(layers.length, 4)
+    assert.ok(!existsSync(`${book}.checkpoint`))
+    // A pipe gives what a file gives.
+    const again = couplet('calibrate', ...arguments_.slice(1, 3), '--text', file('learn.txt'), ...arguments_.slice(5), '--out', file('again'))
+    assert.equal(again.code, 0, again.err)
+    assert.deepEqual(readFileSync(file('again')), readFileSync(book))
+    assert.match(couplet(...arguments_, '--text', '-').err, /Standard input can be read once only/)
   })
 
   it('learns by fisher weights, and tunes', () => {
@@ -124,6 +149,7 @@ describe('the couplet command', function () {
     ['a missing option', ['calibrate', '--model', model]],
     ['an unknown option', ['doctor', '--loud']],
     ['a codec that is none', ['calibrate', '--model', model, '--text', 'x', '--out', 'y', '--codec', 'cq-8']],
+    ['a share that is none', ['calibrate', '--model', model, '--text', 'x', '--out', 'y', '--held-out', '0.7']],
     ['a device that is none', ['calibrate', '--model', model, '--text', 'x', '--out', 'y', '--device', 'tpu']],
     ['a number that is none', ['eval', '--model', model, '--text', 'x', '--length', 'long']],
   ] as const) {

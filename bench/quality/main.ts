@@ -6,6 +6,7 @@ import { tokenIds } from '../../lib/calibrate/text'
 import { chunks } from '../../lib/chunks'
 import { integer } from '../../lib/cli/options'
 import { crossEntropy } from '../../lib/evaluate'
+import { textHash } from '../../lib/inspect/quality'
 import { fingerprintFiles } from '../../lib/onnx/fingerprint'
 import { type Kept, TwoVersionAttention } from './attention'
 import { Calibration } from './calibration'
@@ -14,7 +15,7 @@ import { LayeredModel } from './layers'
 import { methods, widths } from './methods'
 import { codebookFile } from './methods/codebook'
 import type { Method } from './methods/method'
-import { earlierRows, hash, keyOf, otherRows, replaceBlock, type ResultRow, saveResults, type Subject, toMarkdown } from './results'
+import { earlierRows, keyOf, otherRows, replaceBlock, type ResultRow, saveResults, type Subject, toMarkdown } from './results'
 
 const root = path.join(__dirname, '..', '..')
 const results = path.join(root, 'bench', 'results')
@@ -73,8 +74,8 @@ async function benchQuality(flags: Flags): Promise<void> {
   const full = await fullPrecision(evaluation)
   const subject: Subject = {
     model: await fingerprintFiles([path.join(directory, 'onnx', 'model.onnx')]),
-    calibration: hash(Uint8Array.from(calibrationTokens.flatMap(bytesOf))),
-    text: hash(Uint8Array.from(tokens.flatMap(bytesOf))),
+    calibration: textHash(calibrationTokens),
+    text: textHash(tokens),
     calibrationTokens: calibrationTokens.length,
     tokens: evaluation.chunks.reduce((sum, chunk) => sum + chunk.length - 1, 0),
     length,
@@ -120,8 +121,6 @@ async function read(file: string, directory: string): Promise<number[]> {
   if (!existsSync(file)) throw new Error(`There is no ${file}; --text and --calibration name the texts to use`)
   return Array.from(await tokenIds(readFileSync(file, 'utf8'), directory))
 }
-
-const bytesOf = (token: number): number[] => [token & 255, (token >> 8) & 255, token >> 16]
 
 function perplexityOf(logits: readonly Float32Array[], sequences: readonly (readonly number[])[]): number {
   let loss = 0

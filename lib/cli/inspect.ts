@@ -1,11 +1,9 @@
-import { access, constants } from 'node:fs/promises'
-import { basename, dirname, resolve } from 'node:path'
+import { basename, resolve } from 'node:path'
 import { Command, Option } from 'commander'
-import { writeAtomically } from '../files'
-import { loadDrawing } from '../inspect/draw'
 import { inspect } from '../inspect/inspect'
 import { inspectionPage } from '../inspect/inspection-page'
 import { integer, lengthOption, modelOption, seedOption, sinksOption, threadsOption, windowOption } from './options'
+import { checkPage, writePage } from './page'
 import { Progress } from './progress'
 
 interface Flags {
@@ -53,14 +51,4 @@ export function inspectCommand(signal: AbortSignal): Command {
         progress.stop()
       }
     })
-}
-
-/** Says what would keep a page from being written before the work, not after. */
-export async function checkPage(out: string): Promise<void> {
-  await loadDrawing()
-  await access(dirname(resolve(out)), constants.W_OK)
-}
-
-export function writePage(out: string, page: string): Promise<void> {
-  return writeAtomically(resolve(out), [Buffer.from(page)])
 }

@@ -1,11 +1,14 @@
 import { existsSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
-import { join } from 'node:path'
+import { basename, join, resolve } from 'node:path'
 import { Command, InvalidArgumentError, Option } from 'commander'
 import { CoupletError } from '../errors'
+import { readableBytes } from '../inspect/format'
+import { planPage } from '../inspect/plan-page'
 import { type ModelShape, modelShape } from '../onnx/decoder'
 import { plan, type PlannedCache } from '../plan'
 import { codecName, integer, sinksOption, windowOption } from './options'
+import { checkPage, writePage } from './page'
 
 interface Flags {
   model: string
@@ -16,6 +19,7 @@ interface Flags {
   sinks: number
   window: number
   json?: boolean
+  out?: string
 }
 
 type Shape = Pick<ModelShape, 'layers' | 'kvHeads' | 'headDim'>
@@ -30,12 +34,15 @@ export function planCommand(): Command {
     .addOption(new Option('--codec <names>', 'separated by commas (default: the usual ones)').argParser((names: string) => names.split(',').map(codecName)))
     .addOption(sinksOption())
     .addOption(windowOption())
+    .option('--out <file>', 'draw it as well, on this page (HTML)')
     .option('--json', 'print one JSON object')
-    .action(async ({ model, json, codec: codecs, ...flags }: Flags) => {
+    .action(async ({ model, json, out, codec: codecs, ...flags }: Flags) => {
+      if (out !== undefined) await checkPage(out)
       const { layers, kvHeads, headDim } = await shapeOf(model)
       const caches = plan({ layers, kvHeads, headDim, ...flags, ...(codecs && { codecs }) })
       if (json) console.log(JSON.stringify({ layers, kvHeads, headDim, ...flags, caches }))
       else print({ layers, kvHeads, headDim }, flags, caches)
+      if (out !== undefined) await writePage(out, await planPage(caches, { name: basename(resolve(model)), layers, kvHeads, headDim, ...flags }))
     })
 }
 
@@ -63,23 +70,18 @@ function byteCount(text: string): number {
   return bytes
 }
 
-type Asked = Omit<Flags, 'model'>
+type Asked = Omit<Flags, 'model' | 'json' | 'out' | 'codec'>
 
 function print({ layers, kvHeads, headDim }: Shape, { context, sequences, budget, sinks, window }: Asked, caches: readonly PlannedCache[]): void {
   console.log(`${layers} layers, ${kvHeads} kv heads, headDim ${headDim}; ${sequences} x ${context} tokens, sinks ${sinks}, window ${window}`)
   const most = Math.max(...caches.map(({ totalBytes }) => totalBytes))
-  const longest = budget === undefined ? '' : `  longest context in ${readable(budget)}`
+  const longest = budget === undefined ? '' : `  longest context in ${readableBytes(budget)}`
   const titles = ['codes', 'kept', 'codebook', 'total'].map((title) => title.padStart(12)).join('')
   console.log(`${'cache'.padEnd(12)}${'bits'.padStart(7)}${titles}  ${' '.repeat(24)}${longest}`)
   for (const { name, bitsPerChannel, pageBytes, rawBytes, codebookBytes, totalBytes, longestContext } of caches) {
-    const sizes = [pageBytes, rawBytes, codebookBytes, totalBytes].map((bytes) => readable(bytes).padStart(12)).join('')
+    const sizes = [pageBytes, rawBytes, codebookBytes, totalBytes].map((bytes) => readableBytes(bytes).padStart(12)).join('')
     const bar = '█'.repeat(Math.max(1, Math.round(24 * totalBytes / most))).padEnd(24)
     console.log(`${name.padEnd(12)}${bitsPerChannel.toFixed(2).padStart(7)}${sizes}  ${bar}${longestContext === undefined ? '' : `  ${longestContext}`}`)
   }
   console.log('int8 and int4 have a float16 scale for 32 elements; bits are of everything, per channel of a token. The codebook is shared by all sequences.')
-}
-
-function readable(bytes: number): string {
-  const unit = bytes === 0 ? 0 : Math.min(4, Math.floor(Math.log10(bytes) / 3))
-  return unit === 0 ? `${bytes} B` : `${(bytes / 1000 ** unit).toPrecision(4)} ${' kMGT'[unit]}B`
 }

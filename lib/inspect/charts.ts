@@ -18,10 +18,22 @@ export interface Axis {
 export interface Line {
   color: string
   dashed?: boolean | undefined
-  /** A dot at each point; without a line: dots alone. */
-  dots?: boolean | undefined
+  /** A mark at each point, hollow where there is no line. */
+  dots?: 'circle' | 'diamond' | 'triangle-down' | undefined
   noLine?: boolean | undefined
+  filled?: boolean | undefined
+  /** Square pixels of a dot; default 24. */
+  size?: number | undefined
+  /** From point to point along the axes: what holds until something better comes. */
+  stepped?: boolean | undefined
   points: readonly (readonly [x: number, y: number])[]
+}
+
+export interface Label {
+  at: readonly [x: number, y: number]
+  text: string
+  color: string
+  side: 'left' | 'right' | 'above' | 'below'
 }
 
 export interface LineChart {
@@ -31,36 +43,56 @@ export interface LineChart {
   /** A vertical line, and a horizontal one. */
   markX?: number | undefined
   markY?: number | undefined
+  /** Beside points. */
+  labels?: readonly Label[] | undefined
   width?: number | undefined
   height?: number | undefined
 }
 
-const axisOf = ({ title, format, values }: Axis) =>
-  ({ title, ...(format !== undefined && { format }), ...(values && { values: [...values] }), tickCount: 5, labelOverlap: true })
+const axisOf = ({ title, format = '~g', values, domain }: Axis) => {
+  const shown = values?.filter((value) => !domain || (value >= domain[0] && value <= domain[1]))
+  // An expression, since d3's own format of a logarithmic scale leaves labels out.
+  return { title, labelExpr: `format(datum.value, '${format}')`, ...(shown ? { values: shown } : { tickCount: 5 }), labelOverlap: shown === undefined }
+}
 const scaleOf = ({ domain, log }: Axis) =>
-  ({ ...(log ? { type: 'log' as const } : {}), ...(domain ? { domain: [...domain], nice: false } : {}), ...(log || domain ? {} : { zero: true }) })
+  ({ ...(log ? { type: 'log' as const, base: 2 } : {}), ...(domain ? { domain: [...domain], nice: false } : {}), ...(log || domain ? {} : { zero: true }) })
+
+/** Of text that stands on lines. */
+const halo = { stroke: 'var(--paper)', strokeWidth: 3, strokeJoin: 'round' as const, fill: 'var(--paper)' }
 
 /** Lines over a common pair of axes, in their order. */
-export function lineChart({ x, y, lines, markX, markY, width = 320, height = 190 }: LineChart): ChartSpec {
+export function lineChart({ x, y, lines, markX, markY, labels = [], width = 320, height = 190 }: LineChart): ChartSpec {
   const values: Values = lines.flatMap(({ points }, line) => points.map(([px, py]) => ({ line, x: px, y: py })))
   const encoding = {
     x: { field: 'x', type: 'quantitative' as const, axis: { ...axisOf(x), grid: false }, scale: scaleOf(x) },
     y: { field: 'y', type: 'quantitative' as const, axis: { ...axisOf(y), domain: false, ticks: false }, scale: scaleOf(y) },
   }
   const only = (line: number) => [{ filter: `datum.line === ${line}` }]
-  const layer = lines.flatMap(({ color, dashed, dots, noLine }, line) => [
+  const layer = lines.flatMap(({ color, dashed, dots, noLine, filled = !noLine, size = 24, stepped }, line) => [
     ...(noLine ? [] : [{
-      transform: only(line), encoding, mark: { type: 'line' as const, color, strokeWidth: dashed ? 1.4 : 1.9, ...(dashed && { strokeDash: [4, 3] }) },
+      transform: only(line), encoding, mark: { type: 'line' as const, color, strokeWidth: dashed ? 1.4 : 1.9, ...(dashed && { strokeDash: [4, 3] }),
+        ...(stepped && { interpolate: 'step-after' as const }),
+      },
     }]),
-    ...(dots ? [{ transform: only(line), encoding, mark: { type: 'point' as const, color, filled: !noLine, size: 24, opacity: 1, strokeWidth: 1.2 } }] : []),
+    ...(dots ? [{ transform: only(line), encoding, mark: { type: 'point' as const, shape: dots, color, filled, size, opacity: 1, strokeWidth: 1.2 } }] : []),
   ])
   const rule = (channel: 'x' | 'y', at: number) => ({
     data: { values: [{ [channel]: at }] }, mark: { type: 'rule' as const, color: palette.muted, strokeDash: [2, 2], strokeWidth: 1 },
     encoding: { [channel]: encoding[channel] },
   })
+  const write = ({ at: [px, py], text, color, side }: Label) => {
+    const place = {
+      right: { align: 'left', dx: 7 }, left: { align: 'right', dx: -7 }, above: { align: 'center', dy: -11 }, below: { align: 'center', dy: 12 },
+    } as const
+    const mark = { type: 'text' as const, fontSize: 10, ...place[side] }
+    return {
+      data: { values: [{ x: px, y: py, text }] }, encoding: { ...encoding, text: { field: 'text' } },
+      layer: [{ mark: { ...mark, ...halo } }, { mark: { ...mark, fill: color } }],
+    }
+  }
   return {
     width, height, data: { values },
-    layer: [...(markX === undefined ? [] : [rule('x', markX)]), ...(markY === undefined ? [] : [rule('y', markY)]), ...layer],
+    layer: [...(markX === undefined ? [] : [rule('x', markX)]), ...(markY === undefined ? [] : [rule('y', markY)]), ...layer, ...labels.map(write)],
   }
 }
 
@@ -157,10 +189,13 @@ export function barChart({ x, bars, markX, nameTitle, width = 280 }: Bars): Char
           y, x: along('from'), x2: { field: 'to' }, color: { field: 'color', type: 'nominal', legend: null, scale: { domain: colors, range: colors } },
         },
       },
-      { data: { values: ends }, mark: { type: 'text', align: 'left', dx: 4 }, encoding: { y, x: along('to'), text: { field: 'label' } } },
       ...(markX === undefined ? [] : [{
         data: { values: [{ to: markX }] }, mark: { type: 'rule' as const, color: palette.ink, strokeDash: [3, 2] }, encoding: { x: along('to') },
       }]),
+      ...[halo, {}].map((outline) => ({
+        data: { values: ends }, mark: { type: 'text' as const, align: 'left' as const, dx: 4, ...outline },
+        encoding: { y, x: along('to'), text: { field: 'label' } },
+      })),
     ],
   }
 }

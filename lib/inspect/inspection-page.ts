@@ -2,6 +2,7 @@ import type { Line } from './charts'
 import { barChart, lineChart, matrixChart } from './charts'
 import { hotShare, rankSteps } from './coding'
 import { entropyBins, mostGroups } from './entropy'
+import { count, percent, round } from './format'
 import type { Inspection, InspectedSide } from './inspect'
 import type { Figure, LegendEntry, Section } from './page'
 import { palette, renderPage } from './page'
@@ -10,13 +11,6 @@ type Side = 'key' | 'value'
 const sides: readonly Side[] = ['key', 'value']
 const plural = { key: 'keys', value: 'values' } as const
 const sideLegend: readonly LegendEntry[] = sides.map((side) => ({ color: palette[side], label: plural[side] }))
-
-function percent(share: number, digits = 0): string {
-  if (share > 0 && share < 0.0005) return '<0.1 %'
-  return `${(100 * share).toFixed(share > 0 && share < 0.01 ? Math.max(1, digits) : digits)} %`
-}
-const round = (value: number): string => String(Number(value.toFixed(2)))
-const count = (value: number): string => value.toLocaleString('en')
 
 /**
  * A page of an inspection: one HTML file that opens from disk. Needs the packages vega and vega-lite.
@@ -44,9 +38,10 @@ function someLayers(layers: number): number[] {
 }
 
 /** A line for keys and one for values, with a point for each layer. */
-const bySide = (layers: number, value: (layer: number, side: Side) => number): Line[] => sides.map((side) => (
-  { color: palette[side], dots: layers <= 40, points: Array.from({ length: layers }, (_, layer) => [layer, value(layer, side)] as const) }
-))
+const bySide = (layers: number, value: (layer: number, side: Side) => number): Line[] => sides.map((side) => ({
+  color: palette[side], dots: layers <= 40 ? 'circle' : undefined,
+  points: Array.from({ length: layers }, (_, layer) => [layer, value(layer, side)] as const),
+}))
 
 /** Light for the first layer, strong for the last. */
 const depths = palette.sequential.slice(2)
@@ -74,8 +69,8 @@ function entropySections({ layers, sampled }: Inspection): Section[] {
         y: { title: 'bits', domain: [0, Math.ceil(most)] },
         lines: [
           ...sides.map((side) => ({ color: palette[side], dashed: true, points: points(side, 'marginal') })),
-          ...sides.map((side) => ({ color: palette[side], dots: true, noLine: true, points: points(side, 'independent') })),
-          ...sides.map((side) => ({ color: palette[side], dots: true, points: points(side, 'joint') })),
+          ...sides.map((side) => ({ color: palette[side], dots: 'circle' as const, noLine: true, points: points(side, 'independent') })),
+          ...sides.map((side) => ({ color: palette[side], dots: 'circle' as const, points: points(side, 'joint') })),
         ],
       }),
     }

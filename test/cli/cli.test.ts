@@ -90,6 +90,25 @@ describe('the couplet command', function () {
     assert.equal(couplet('eval', '--model', model, '--text', file('predict.txt'), '--codebooks', tuned).code, 0)
   })
 
+  it('draws what it evaluates, several codebooks at once', () => {
+    const books = ['cq-8c4b', 'cq-4c4b'].map((codec) => {
+      const book = file(`${codec}.safetensors`)
+      assert.equal(couplet('calibrate', '--model', model, '--text', file('learn.txt'), '--codec', codec, '--iterations', '5', '--out', book).code, 0)
+      return book
+    })
+    const given = ['--model', model, '--text', file('predict.txt'), '--length', '256']
+    const done = couplet('eval', ...given, '--codebooks', ...books, '--report', file('quality.html'), '--json')
+    assert.equal(done.code, 0, done.err)
+    const all = JSON.parse(done.out) as { name: string; perplexity: number; codeBits?: number }[]
+    assert.deepEqual(all.map(({ name, codeBits }) => [name, codeBits]), [['full precision', undefined], ['cq-8c4b', 0.5], ['cq-4c4b', 1]])
+    assert.match(readFileSync(file('quality.html'), 'utf8'), /4 sinks and a window of 32 in full precision: cq-8c4b at 0\.5 bits has[^]*<svg/)
+    const others = couplet('eval', ...given, '--report', file('other.html'), '--results', path.join(root, 'bench', 'results', '2026-11-23-quality.json'))
+    assert.equal(others.code, 1)
+    assert.match(others.err, /Expected figures of text [0-9a-f]{16}, length 256 but/)
+    assert.equal(couplet('eval', ...given, '--report', file('other.html')).code, 2)
+    assert.equal(couplet('eval', ...given, '--results', 'x').code, 2)
+  })
+
   it('inspects', () => {
     const book = file('inspected.safetensors')
     const texts = ['--model', model, '--length', '128']
@@ -120,6 +139,10 @@ describe('the couplet command', function () {
     assert.match(table.out, /32 layers, 8 kv heads, headDim 128; 1 x 32768 tokens/)
     assert.match(table.out, /float16 +16\.00 +4\.295 GB .*196608/)
     assert.equal(couplet('plan', '--model', model, '--context', '1', '--budget', 'much').code, 2)
+
+    const drawn = couplet('plan', '--model', folder, '--context', '32768', '--out', file('plan.html'))
+    assert.match(drawn.out, /float16 +16\.00/)
+    assert.match(readFileSync(file('plan.html'), 'utf8'), /cq-8c8b takes [^<]+ where float16 takes 4\.295 GB[^]*<svg/)
   })
 
   it('gives the same codebook for the same seed', () => {

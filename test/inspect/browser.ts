@@ -107,7 +107,8 @@ const inPage = String.raw`(() => {
     const frame = svg.getBoundingClientRect()
     for (const text of svg.querySelectorAll('text')) {
       const box = text.getBoundingClientRect()
-      if (box.width === 0 || getComputedStyle(text).opacity === '0') continue
+      // A text with an outline is the halo of another.
+      if (box.width === 0 || getComputedStyle(text).opacity === '0' || getComputedStyle(text).stroke !== 'none') continue
       if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 || box.bottom > frame.bottom + 1) cut.push(text.textContent)
       if (parseFloat(getComputedStyle(text).fontSize) * frame.width / svg.viewBox.baseVal.width < 8) tiny.push(text.textContent)
       if (contrast(getComputedStyle(text).fill, ground(svg, box.left + box.width / 2, box.top + box.height / 2)) < 3) faint.push(text.textContent)

@@ -1,7 +1,8 @@
 import assert from 'node:assert/strict'
 import { spawnSync } from 'node:child_process'
 import { join } from 'node:path'
-import { inspectionPage } from '../../lib'
+import type { QualityPoint } from '../../lib'
+import { inspectionPage, plan, planPage, qualityPage } from '../../lib'
 import { renderPage } from '../../lib/inspect/page'
 import type { Seen } from './browser'
 import { usingBrowser, views } from './browser'
@@ -42,6 +43,41 @@ describe('pages in a browser', function () {
       assert.match(seen.text, /48 layers, 64 query heads, 16 kv heads of 128 channels/)
     })
   }
+
+  for (const view of views) {
+    const where = `${view.width} pixels wide, ${view.scheme}`
+
+    it(`perplexities are readable, ${where}`, async () => {
+      const points = [0, 32].flatMap((window) => ['int', 'kivi', 'cq'].flatMap((family, i) => [0.75, 1, 2, 4].map((bits): QualityPoint => {
+        const isSubject = window > 0 && family === 'cq'
+        return {
+          name: isSubject ? `book ${bits}` : `${family}-${bits}b`, bits: bits + (2 - i) / 8, perplexity: 4 + (3 - i) ** 3 / bits ** 2 / 20 + (isSubject ? 0 : 0.001),
+          sinks: window / 8, window, divergence: 0.01, agreement: 0.9, isSubject,
+        }
+      })))
+      const seen = await look(await qualityPage({ name: 'made-up', perplexity: 4, tokens: 8176, length: 512, points }), view, 'quality')
+      checkPage(seen, { charts: 2 + 2 * 2, marks: 2 * 12 + 2 * 8 })
+      assert.match(seen.text, /Every token coded: cq-0\.75b at 0\.75 bits has 4\.090, 0\.090 above full precision/)
+      assert.match(seen.text, /4 sinks and a window of 32 in full precision: book 0\.75 at 0\.75 bits has 4\.089/)
+    })
+
+    it(`a plan is readable, ${where}`, async () => {
+      const shape = { layers: 32, kvHeads: 8, headDim: 128, context: 32768, sequences: 16, budget: 24e9, sinks: 4, window: 32 }
+      const seen = await look(await planPage(plan(shape), { name: 'made-up', ...shape }), view, 'plan')
+      checkPage(seen, { charts: 2, marks: 8 + 3 * 5 + 2 * 8 })
+      assert.match(seen.text, /cq-8c8b takes 4\.647 GB where float16 takes 68\.72 GB: 14\.79 times less; 6 of 8 fit 24\.00 GB/)
+      assert.match(seen.text, /In 24\.00 GB, cq-16c12b reaches 220,064 tokens and float16 11,444/)
+    })
+  }
+
+  it('a page of one point, and of none, is a page', async () => {
+    const report = { name: 'one', perplexity: 4, tokens: 100, length: 50 }
+    const one = await qualityPage({ ...report, points: [{ name: 'book', bits: 1, perplexity: 3.9, sinks: 0, window: 0, isSubject: true }] })
+    const seen = await look(one, views[0]!, 'one')
+    checkPage(seen, { charts: 1, marks: 2 })
+    assert.match(seen.text, /book at 1 bit has 3\.900, 0\.100 below full precision\n/)
+    checkPage(await look(await qualityPage({ ...report, points: [] }), views[0]!, 'none'), { charts: 0, marks: 0 })
+  })
 
   it('an inspection without a codebook says what is missing', async () => {
     const seen = await look(await inspectionPage(madeUpInspection({ coded: false })), views[0]!, 'uncoded')

@@ -18,8 +18,9 @@ if(GPU STREQUAL "CUDA" AND NOT COUPLET_NVCC)
 endif()
 if(COUPLET_NVCC AND NOT GPU STREQUAL "SIM")
   set(CMAKE_CUDA_COMPILER ${COUPLET_NVCC})
-  # Machine code for each size of shared memory and each generation; PTX of 8.0 and of 12.0 for what lies between and beyond.
-  set(CMAKE_CUDA_ARCHITECTURES 80 86-real 89-real 90-real 100-real 120 CACHE STRING "As CMake knows it; 80 is enough for checks")
+  # Machine code for each size of shared memory and each generation; PTX of 8.0 and of 12.0 for what lies between and beyond. 90a and
+  # 100a are 9.0 and 10.0 alone, where warps may hand registers to each other.
+  set(CMAKE_CUDA_ARCHITECTURES 80 86-real 89-real 90a-real 100a-real 120 CACHE STRING "As CMake knows it; 80 is enough for checks")
   enable_language(CUDA)
   # CMake before 3.26 does not know that nvcc has C++20.
   foreach(kind STANDARD EXTENSION)

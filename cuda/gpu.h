@@ -63,6 +63,26 @@ bool has_large_shared_body([[maybe_unused]] void (*kernel)(Parameters...)) {
 #endif
 }
 
+// Whether warps of this compilation may hand registers to each other: code for one architecture alone, as nvcc calls it (90a, 100a).
+// For the others a kernel that needs it has no body: next to no registers, and has_body() tells launchers so.
+#if defined(GPU_SIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+inline constexpr bool moves_registers = true;
+#else
+inline constexpr bool moves_registers = false;
+#endif
+template <class... Parameters>
+bool has_body([[maybe_unused]] void (*kernel)(Parameters...)) {
+#ifdef GPU_SIM
+  return true;
+#else
+  constexpr int empty_registers = 32;
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.numRegs > empty_registers;
+  cudaGetLastError();
+  return false;
+#endif
+}
+
 // Enqueues `kernel` on `stream`. Allocates nothing and waits for nothing, so that it can be captured in a graph.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
@@ -264,6 +284,82 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads GPU_WHERE) {
 #endif
 }
 
+// A barrier in shared memory that counts phases. Phase 0, 1, 2 ... ends with the last of its arrivals; who waits names the phase by
+// its parity, and must not be two phases late. Arriving does not wait, and publishes what the warp wrote before a __syncwarp().
+struct PhaseBarrier {
+  uint64_t state;
+};
+
+// By one thread, before a barrier of the block.
+__device__ __forceinline__ void initialize(PhaseBarrier& barrier, uint32_t arrivals) {
+#ifdef GPU_SIM
+  sim::initialize_phases(&barrier.state, arrivals);
+#else
+  auto const address = static_cast<uint32_t>(__cvta_generic_to_shared(&barrier));
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address), "r"(arrivals) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void arrive(PhaseBarrier& barrier GPU_WHERE) {
+#ifdef GPU_SIM
+  sim::arrive_at_phase(&barrier.state, where);
+#else
+  auto const address = static_cast<uint32_t>(__cvta_generic_to_shared(&barrier));
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address) : "memory");
+#endif
+}
+
+__device__ __forceinline__ bool has_completed(PhaseBarrier& barrier, uint32_t parity) {
+#ifdef GPU_SIM
+  return sim::phase_has_completed(&barrier.state, parity);
+#else
+  auto const address = static_cast<uint32_t>(__cvta_generic_to_shared(&barrier));
+  uint32_t completed;
+  asm volatile(
+      "{\n.reg .pred completed;\nmbarrier.test_wait.parity.shared.b64 completed, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, completed;\n}"
+      : "=r"(completed)
+      : "r"(address), "r"(parity)
+      : "memory");
+  return completed;
+#endif
+}
+
+__device__ __forceinline__ void wait(PhaseBarrier& barrier, uint32_t parity GPU_WHERE) {
+#ifdef GPU_SIM
+  while (!sim::phase_has_completed(&barrier.state, parity)) sim::spin(where);
+#else
+  auto const address = static_cast<uint32_t>(__cvta_generic_to_shared(&barrier));
+  uint32_t completed;
+  do
+    asm volatile(
+        "{\n.reg .pred completed;\nmbarrier.try_wait.parity.shared.b64 completed, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, completed;\n}"
+        : "=r"(completed)
+        : "r"(address), "r"(parity)
+        : "memory");
+  while (!completed);
+#endif
+}
+
+// ---- registers ---------------------------------------------------------------------------------------------------------------
+// From here on the warps of a group of four (a multiple of 4 warps from the block's first) have Count registers a thread; those that
+// take wait until others have released enough. Only where moves_registers.
+template <int Count>
+__device__ __forceinline__ void take_registers() {
+  static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+#endif
+}
+template <int Count>
+__device__ __forceinline__ void release_registers() {
+  static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+#endif
+}
+
 // ---- memory order between blocks ---------------------------------------------------------------------------------------------
 // There is no __threadfence here: the order belongs to the access that publishes, or that finds out. For "the last block
 // merges": every thread writes its part, __syncthreads(), one thread calls fetch_add_acq_rel, __syncthreads().
@@ -451,6 +547,17 @@ __device__ __forceinline__ uint32_t cvt_tf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
+#endif
+}
+
+// The lane, read again at every call: what is computed from it takes no register over a loop, and 20 clocks in it.
+__device__ __forceinline__ int fresh_lane_id() {
+#ifdef GPU_SIM
+  return sim::lane();
+#else
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
 #endif
 }
 

@@ -44,8 +44,7 @@ std::vector<__half> banked_of(const couplet_table_params& params) {
   for (int64_t kv_head = 0; kv_head < params.kv_heads; ++kv_head)
     for (int64_t group = 0; group < groups; ++group)
       for (int64_t code = 0; code < centroids; ++code) {
-        int64_t const slab = kv_head * (groups / bank_groups) + group / bank_groups;
-        int64_t const row = (slab * centroids + code) * bank_groups + group % bank_groups;
+        int64_t const row = (kv_head * centroids + code) * groups + group;
         for (int64_t channel = 0; channel < channels; ++channel)
           banked[static_cast<size_t>(row * channels + channel)] = __float2half_rn(params.centroids[from++]);
       }

@@ -13,14 +13,14 @@ const folder = join(root, 'build-cmake', 'cuda')
 const objects = join(folder, 'cuda', 'CMakeFiles', 'couplet_cuda_objects.dir')
 const markers = ['<!-- written by scripts/kernel-table.mjs -->\n', '<!-- up to here -->\n']
 // What CI can afford, and the devices that kernels are tuned on.
-const architectures = ['sm_80', 'sm_90']
+const architectures = ['sm_80', 'sm_90a']
 
 const nvcc = findNvcc()
 if (!nvcc) {
   console.log('NOT RUN: the compilation of kernels by nvcc, and the table of their registers (there is no nvcc here)')
 } else {
   const launcher = [process.execPath, join(root, 'scripts', 'nvcc-log.mjs'), ...(spawnSync('ccache', ['--version']).status === 0 ? ['ccache'] : [])]
-  const definitions = ['GPU=CUDA', 'COUPLET_ADDON=OFF', 'COUPLET_TESTS=ON', 'COUPLET_WERROR=ON', 'CMAKE_CUDA_ARCHITECTURES=80;90-real',
+  const definitions = ['GPU=CUDA', 'COUPLET_ADDON=OFF', 'COUPLET_TESTS=ON', 'COUPLET_WERROR=ON', 'CMAKE_CUDA_ARCHITECTURES=80;90a-real',
     'CMAKE_CUDA_FLAGS=-Xptxas=-v', `CMAKE_CUDA_COMPILER_LAUNCHER=${launcher.join(';')}`]
   const build = ['scripts/build.mjs', '--out', folder, '--target', 'couplet_nvcc', '--', ...definitions.map((definition) => `-D${definition}`)]
   step('compiling the kernels with nvcc', process.execPath, build)

@@ -26,6 +26,7 @@ mkdir -p "$out"
 if [[ -z $binary ]]; then
   build=$root/build-cmake/bench
   architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader --id=0 | tr -d .)
+  [[ $architecture == 90 || $architecture == 100 ]] && architecture+=a  # where warps may hand registers to each other
   cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DCOUPLET_ADDON=OFF -DCOUPLET_BENCH=ON -DGPU=CUDA \
     -DCMAKE_CUDA_ARCHITECTURES="$architecture-real" >"$out/build.log"
   cmake --build "$build" --target couplet_bench_cuda --parallel "$(nproc)" >>"$out/build.log"

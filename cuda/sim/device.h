@@ -14,6 +14,7 @@
 
 #include "collectives.h"
 #include "device_state.h"
+#include "phases.h"
 #include "runtime.h"
 #include "scheduler.h"
 

@@ -1,0 +1,165 @@
+// Decode attention on cq-8c8b codes, headDim 128, up to 4 query heads of a kv head at once: both codebooks of the kv head in shared
+// memory as float16, looked up without bank conflicts, products by tensor cores. docs/decisions/0001-cuda-attention-tables.md has the
+// layout's argument and the ladder that led here.
+//
+// A block takes 512 positions at a time, a page of 64 tokens for each of 8 pairs of warps. One warp of a pair turns codes and queries
+// into logits (keys.h), the other one logits and codes into weighted sums (values.h), a page behind:
+//
+//   value warps   rotated[page]: the queries of the page's unit are there  ->  key warps
+//   key warp      written: the logits of its page are there                ->  the value warp of its pair
+//   value warp    taken: it has them in registers                          ->  the key warp of its pair
+//
+// Queries are written two pages ahead of their use. A key warp that reads those of page p knows that all value warps have come to page
+// p - 2, so that all key warps are done with it: the queries in use are those of pages p - 1 to p + 2, four buffers.
+#include "dense.h"
+#include "keys.h"
+#include "values.h"
+
+namespace couplet::cuda::attend {
+namespace lookup {
+namespace {
+
+// ---- device helpers ----------------------------------------------------------------------------------------------------------
+// Issues the copy of the key codebook, by the key warps: as it lies.
+__device__ __forceinline__ void load_keys(const Step& step, int kv_head, Shared& shared) {
+  const unsigned char* const rows =
+      reinterpret_cast<const unsigned char*>(step.key_banked) + int64_t{kv_head} * key_bytes;
+  int const thread = warp_of_role() * 32 + gpu::fresh_lane_id();
+#pragma unroll 1
+  for (int at = thread * 16; at < key_bytes; at += role_threads * 16) gpu::cp_async<16>(shared.keys + at, rows + at);
+  gpu::cp_async_commit();
+}
+
+// Issues the copies of the value codebook, by the value warps. 16 lanes write to 16 different columns of 8 bytes: those of the
+// groups of a code, where bit 2 of the group chooses which copy comes first.
+__device__ __forceinline__ void load_values(const Step& step, int kv_head, Shared& shared) {
+  const unsigned char* const rows =
+      reinterpret_cast<const unsigned char*>(step.value_banked) + int64_t{kv_head} * key_bytes;
+  int const thread = warp_of_role() * 32 + gpu::fresh_lane_id();
+#pragma unroll 1
+  for (int index = thread; index < key_bytes / row_bytes; index += role_threads) {
+    int const code = index / 16;
+    int const group = index % 16;
+    int const first = group >> 2 & 1;
+    unsigned char* const to = shared.values + (group >> 2 & 1) * key_bytes + code * code_bytes +
+                              ((group & 3) * 4 + (group >> 3) * 2) * row_bytes / 2;
+#pragma unroll
+    for (int four = 0; four < 2; ++four)
+#pragma unroll
+      for (int copy = 0; copy < 2; ++copy)
+        gpu::cp_async<8>(to + four * code_bytes / 2 + (copy ^ first) * 8, rows + index * row_bytes + four * 8);
+  }
+  gpu::cp_async_commit();
+}
+
+// Makes the next segment of this block's range the current one, by one warp.
+__device__ __forceinline__ void find_segment(const Step& step, Shared& shared) {
+  int64_t const at = shared.at;
+  bool const none = at == Ranges(step).begin(blockIdx.x + 1);
+  Segment segment{};
+  if (!none) segment = segment_at(step, at);
+  bool const same = segment.kv_head == shared.table_head;
+  __syncwarp();
+  if (gpu::lane_id() != 0) return;
+  shared.next = none ? Next::none : same ? Next::same_tables : Next::other_tables;
+  if (none) return;
+  shared.at = at + segment.units;
+  shared.table_head = segment.kv_head;
+  shared.segment = segment;
+  shared.page_table = step.params.sequences[segment.sequence].pages;
+  shared.key_offset = step.params.key_page_offset + segment.kv_head * step.params.key_page_stride;
+  shared.value_offset = step.params.value_page_offset + segment.kv_head * step.params.value_page_stride;
+}
+
+__device__ __forceinline__ Next next_segment(const Step& step, Shared& shared, bool finds) {
+  __syncthreads();  // the segment before is done
+  if (finds) find_segment(step, shared);
+  __syncthreads();
+  return shared.next;
+}
+
+// The kv head of the block's first segment; -1 where the block's range is empty.
+__device__ __forceinline__ int first_head(const Step& step) {
+  Ranges const ranges(step);
+  int64_t const begin = ranges.begin(blockIdx.x);
+  if (begin == ranges.begin(blockIdx.x + 1)) return -1;
+  return static_cast<int>(begin / ranges.units) / (step.head_blocks / step.params.kv_heads);
+}
+
+__device__ __forceinline__ void run_key_warp(const Step& step, Shared& shared) {
+  gpu::take_registers<key_registers>();
+  int const head = first_head(step);
+  if (head < 0) return;
+  load_keys(step, head, shared);  // under way while the first segment is found
+  if (threadIdx.x == 0) {
+    shared.at = Ranges(step).begin(blockIdx.x);
+    shared.table_head = head;
+    for (gpu::PhaseBarrier& rotated : shared.rotated) gpu::initialize(rotated, pages);
+    for (Pair& pair : shared.pairs) {
+      gpu::initialize(pair.written, 1);
+      gpu::initialize(pair.taken, 1);
+    }
+  }
+  KeyAngles angles;
+  if (step.angles.pairs)
+    make_key_angles(step.angles, gpu::lane_id(), angles);
+  else
+    clear_key_angles(angles);
+  unsigned count = 0;
+  for (Next next; (next = next_segment(step, shared, false)) != Next::none;) {
+    if (next == Next::other_tables) load_keys(step, shared.segment.kv_head, shared);
+    if (size_of(shared.segment.seen.codes) > 0) take_keys(step, shared, angles, count);
+  }
+  gpu::cp_async_wait<0>();  // a block of dense units alone has never waited for its tables
+}
+
+template <bool Softcap>
+__device__ __forceinline__ void run_value_warp(const Step& step, Shared& shared) {
+  gpu::release_registers<value_registers>();
+  int const head = first_head(step);
+  if (head < 0) return;
+  load_values(step, head, shared);
+  unsigned count = 0;
+  for (Next next; (next = next_segment(step, shared, warp_of_role() == 0)) != Next::none;) {
+    if (next == Next::other_tables) load_values(step, shared.segment.kv_head, shared);
+    load_query(step, shared);
+    gpu::barrier_sync(value_barrier, role_threads);
+    if (size_of(shared.segment.seen.below) + size_of(shared.segment.seen.above) > 0) {
+      take_dense<Softcap>(step, shared);
+      fold_warps(step, shared, false);
+    }
+    if (size_of(shared.segment.seen.codes) > 0) {
+      take_values<Softcap>(step, shared, count);
+      fold_warps(step, shared, size_of(shared.segment.seen.below) + size_of(shared.segment.seen.above) > 0);
+    }
+  }
+  gpu::cp_async_wait<0>();
+}
+
+// ---- kernel ------------------------------------------------------------------------------------------------------------------
+// 16 warps, one block a multiprocessor: 128 registers each at the start, of which value warps give some to key warps.
+template <bool Softcap>
+__global__ void __launch_bounds__(threads, 1) decode([[maybe_unused]] Step const step) {
+  if (!gpu::moves_registers) return;
+  GPU_DYNAMIC_SHARED(Shared, shared);
+  if (threadIdx.x < role_threads)
+    run_key_warp(step, *shared);
+  else
+    run_value_warp<Softcap>(step, *shared);
+}
+
+}  // namespace
+}  // namespace lookup
+
+// ---- launcher ----------------------------------------------------------------------------------------------------------------
+bool has_lookup() {
+  int const shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return static_cast<size_t>(shared_bytes) >= sizeof(lookup::Shared) && gpu::has_body(lookup::decode<false>);
+}
+
+cudaError_t launch_lookup(const Step& step, cudaStream_t stream) {
+  return gpu::launch(step.params.softcap > 0 ? lookup::decode<true> : lookup::decode<false>, step.blocks,
+                     lookup::threads, sizeof(lookup::Shared), stream, step);
+}
+
+}  // namespace couplet::cuda::attend

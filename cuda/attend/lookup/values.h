@@ -1,0 +1,295 @@
+// Value warps: logits and codes -> weighted sums. They also rotate the queries for the key warps.
+//   Values are the A operand, rows = groups, one mma for each of the 8 channels of a group. Lanes with odd t swap the two groups of their
+//   rows, the table lies there twice for the lanes' other bit, and the halves of the sums are added once, at the end. Lane (g, t)
+//   has tokens 8t to 8t + 7 and those 32 further on; the weights are the B operand, columns = rows of queries, twice: columns 0-3
+//   for even t, columns 4-7 for odd t, and 0 in the other half ("the lane's class").
+#pragma once
+
+#include "shared.h"
+
+namespace couplet::cuda::attend::lookup {
+
+constexpr float headroom =
+    10;  // powers stay below 2^10, far below the end of float16; smaller rises of the maximum rescale nothing
+
+// ---- queries -----------------------------------------------------------------------------------------------------------------
+// A thread rotates one pair of one query for all units.
+__device__ __forceinline__ int query_row() { return thread_of_role() / pairs; }
+__device__ __forceinline__ int query_pair() { return thread_of_role() % pairs; }
+
+__device__ __forceinline__ void load_query(const Step& step, Shared& shared) {
+  constexpr float log2_e = 1.4426950408889634f;
+  const Segment& segment = shared.segment;
+  int const row = query_row();
+  int const pair = query_pair();
+  float2 value{0, 0};
+  if (row < segment.rows) {
+    const couplet_attend_sequence& sequence = step.params.sequences[segment.sequence];
+    int64_t const query = (segment.first_head + row) * sequence.query_head_stride + pair;
+    float const factor = step.params.scale * log2_e;
+    value = {load_element(sequence.queries, step.params.query_dtype, query) * factor,
+             load_element(sequence.queries, step.params.query_dtype, query + pairs) * factor};
+  }
+  auto* const plain = reinterpret_cast<float*>(shared.queries[0]);
+  plain[row * head_dim + pair] = value.x;
+  plain[row * head_dim + pair + pairs] = value.y;
+  if (step.angles.pairs) {
+    float const amplitude = step.angles.amplitudes[pair];  // the query carries the key's as well
+    float2 const offset = step.angles.offsets[segment.position % unit_tokens * pairs + pair];
+    value = add_angles(value, {offset.x * amplitude * amplitude, offset.y * amplitude * amplitude});
+  }
+  shared.query[thread_of_role()] = value;
+}
+
+// The angle by which the query is rotated for keys of a unit: its distance in blocks, below 4096 (see select).
+__device__ __forceinline__ float2 load_step(const Step& step, const Shared& shared, int unit) {
+  if (!step.angles.pairs || unit >= end_unit(shared)) return {1, 0};
+  return step.angles.steps[(shared.segment.position / unit_tokens - unit) * pairs + query_pair()];
+}
+
+// Comes with this warp's arrival at the barrier of the page's queries.
+__device__ __forceinline__ void write_query(const Step& step, Shared& shared, float2 angle, unsigned page) {
+  float2 turned = add_angles(shared.query[thread_of_role()], angle);
+  float2 const by_four = step.angles.pairs ? step.angles.offsets[4 * pairs + query_pair()] : float2{1, 0};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    __half* const to =
+        shared.queries[page % query_buffers][half] + query_row() * head_dim + (query_pair() ^ query_row() % 2 * 32);
+    to[0] = __float2half_rn(turned.x);
+    to[pairs] = __float2half_rn(turned.y);
+    turned = add_angles(turned, {by_four.x, -by_four.y});
+  }
+  __syncwarp();
+  if (gpu::lane_id() == 0) gpu::arrive(shared.rotated[page % 2]);
+}
+
+// ---- what the warps leave ----------------------------------------------------------------------------------------------------
+// A value warp's weighted sums, [rows][head_dim].
+__device__ __forceinline__ float* left_by(Shared& shared, int warp) {
+  return reinterpret_cast<float*>(shared.pairs[warp].value_codes);
+}
+
+// Adds what the value warps left to the segment's partial result, whose slot holds the sum of what was added `before`. Comes with a
+// barrier of the value warps before and behind.
+__device__ __forceinline__ void fold_warps(const Step& step, Shared& shared, bool before) {
+  constexpr int elements = rows * head_dim / role_threads;
+  gpu::barrier_sync(value_barrier, role_threads);
+  int const thread = warp_of_role() * 32 + gpu::fresh_lane_id();
+  int64_t const slot = static_cast<int64_t>(shared.segment.slot) * rows;
+  float2 total[elements];
+#pragma unroll
+  for (int i = 0; i < elements; ++i) {
+    int const element = thread + i * role_threads;
+    int const row = element / head_dim;
+    float* const place = step.weighted + slot * head_dim + element;
+    float2 const old = before ? shared.total[row] : float2{nothing, 0};
+    float maximum = old.x;
+    for (int warp = 0; warp < pages; ++warp) maximum = max(maximum, shared.sums[warp][row].x);
+    float const own = gpu::ex2_approx(old.x - maximum);
+    total[i] = {maximum, old.y * own};
+    float weighted = before ? *place * own : 0;
+    for (int warp = 0; warp < pages; ++warp) {
+      float const factor = gpu::ex2_approx(shared.sums[warp][row].x - maximum);
+      total[i].y += shared.sums[warp][row].y * factor;
+      weighted += left_by(shared, warp)[element] * factor;
+    }
+    *place = weighted;
+  }
+  gpu::barrier_sync(value_barrier, role_threads);
+#pragma unroll
+  for (int i = 0; i < elements; ++i) {
+    int const element = thread + i * role_threads;
+    if (element % head_dim) continue;
+    shared.total[element / head_dim] = total[i];
+    step.sums[slot + element / head_dim] = total[i];
+  }
+}
+
+// ---- codes -------------------------------------------------------------------------------------------------------------------
+struct ValueLane {
+  unsigned g;
+  unsigned t;
+  unsigned column[2];     // by row g or g + 8: bytes from the start of shared.values to the lane's column
+  unsigned logit_column;  // bytes: those of row g % 4, tokens 8t on, or 32 + 8t where g is 4 or more
+  unsigned weighted_by;   // all bits where the lane's column is of its class, otherwise none
+
+  __device__ __forceinline__ explicit ValueLane(int lane)
+      : g(static_cast<unsigned>(lane) / 4), t(static_cast<unsigned>(lane) % 4) {
+    for (unsigned r = 0; r < 2; ++r)
+      column[r] = (g >> 2) * key_bytes + ((g & 3) * 4 + (r ^ (t & 1)) * 2 + (t >> 1)) * row_bytes / 2;
+    logit_column = ((g & 3) * page_tokens + 8 * t + 32 * (g >> 2)) * 4;
+    weighted_by = (t & 1) == g >> 2 ? ~0u : 0u;
+  }
+};
+
+// A warp's softmax in progress over its pages. The maximum is that of row g % 4, the sum its part that this lane added.
+struct Progress {
+  float maximum = nothing;
+  float sum = 0;
+  float weighted[8][4] =
+      {};  // [channel of a group]: D operand, rows g and g + 8 are groups, columns 2t and 2t + 1 of the weights
+};
+
+// Codes of the lane's 16 tokens: [row g or g + 8][tokens 8t, 8t + 4, 8t + 32, 8t + 36], four each.
+__device__ __forceinline__ void load_value_codes(const Pair& pair, const ValueLane& lane, uint32_t (&codes)[2][4]) {
+  unsigned const at = lane.g * page_tokens + (8 * lane.t ^ (lane.g >> 1 & 1) * 32) + (lane.t & 1) * 512;
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint2 const eight = *reinterpret_cast<const uint2*>(pair.value_codes + (at ^ r * 512 ^ half * 32));
+      codes[r][2 * half] = eight.x;
+      codes[r][2 * half + 1] = eight.y;
+    }
+}
+
+// logits[i]: of the lane's tokens 8t (+ 32) + i.
+__device__ __forceinline__ void load_logits(const Pair& pair, const ValueLane& lane, float (&logits)[8]) {
+  const auto* const at = reinterpret_cast<const unsigned char*>(pair.logits) + lane.logit_column;
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    float4 const four = *reinterpret_cast<const float4*>(at + (part ^ (lane.g & 1)) * 16);
+    logits[4 * part] = four.x;
+    logits[4 * part + 1] = four.y;
+    logits[4 * part + 2] = four.z;
+    logits[4 * part + 3] = four.w;
+  }
+}
+
+// Raises the maximum where a logit lies more than `headroom` above it.
+__device__ __forceinline__ void raise_maximum(const ValueLane& lane, const float (&logits)[8], Progress& progress) {
+  float largest = logits[0];
+#pragma unroll
+  for (float const logit : logits) largest = max(largest, logit);
+  if (!__any_sync(~0u, largest > progress.maximum + headroom)) return;
+  for (int offset : {1, 2, 16}) largest = max(largest, __shfl_xor_sync(~0u, largest, offset));
+  largest = max(largest, progress.maximum);
+  float const factor = gpu::ex2_approx(progress.maximum - largest);
+  progress.maximum = largest;
+  progress.sum *= factor;
+  int const row_lane = static_cast<int>(2 * lane.t & 3) * 4;  // holds the factor of column 2t
+  float const factors[2] = {__shfl_sync(~0u, factor, row_lane), __shfl_sync(~0u, factor, row_lane + 4)};
+#pragma unroll
+  for (auto& channel : progress.weighted)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) channel[c] *= factors[c % 2];
+}
+
+// weights[b]: B operand of tokens b and 4 + b of each 8.
+__device__ __forceinline__ void take_powers(const ValueLane& lane, const float (&logits)[8], Progress& progress,
+                                            uint32_t (&weights)[4][2]) {
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    float const first = gpu::ex2_approx(logits[b] - progress.maximum);
+    float const second = gpu::ex2_approx(logits[4 + b] - progress.maximum);
+    progress.sum += first + second;
+    uint32_t const own = gpu::cvt_f16x2(first, second);
+    uint32_t const other = __shfl_xor_sync(~0u, own, 16);
+    weights[b][0] = (lane.g < 4 ? own : other) & lane.weighted_by;
+    weights[b][1] = (lane.g < 4 ? other : own) & lane.weighted_by;
+  }
+}
+
+// Four channels of every group at a time: half the registers of eight, and as many bytes a clock.
+__device__ __forceinline__ void add_values(const Shared& shared, const ValueLane& lane, const uint32_t (&codes)[2][4],
+                                           int b, const uint32_t (&weights)[2], Progress& progress) {
+#pragma unroll
+  for (int four = 0; four < 2; ++four) {
+    uint2 value[4][2];  // [token][row g or g + 8]
+#pragma unroll
+    for (int token = 0; token < 4; ++token)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        value[token][r] = *reinterpret_cast<const uint2*>(
+            shared.values + row_offset(codes[r][token], b, lane.column[r]) + four * code_bytes / 2);
+#pragma unroll
+    for (int channel = 0; channel < 4; ++channel) {
+      unsigned const halves = channel % 2 ? 0x7632 : 0x5410;
+      auto const two_tokens = [&](int token, int r) {
+        uint2 const first = value[token][r];
+        uint2 const second = value[token + 1][r];
+        return __byte_perm(channel / 2 ? first.y : first.x, channel / 2 ? second.y : second.x, halves);
+      };
+      gpu::mma_m16n8k16_f16(progress.weighted[4 * four + channel],
+                            {two_tokens(0, 0), two_tokens(0, 1), two_tokens(2, 0), two_tokens(2, 1)}, weights);
+    }
+  }
+}
+
+// Both classes' sums of a warp. Class 1 has its rows swapped: lane t ^ 2, rows g and g + 8.
+__device__ __forceinline__ void leave_progress(const ValueLane& lane, Progress& progress, Shared& shared) {
+  int const warp = warp_of_role();
+  int const row = static_cast<int>(2 * lane.t & 3);
+  int const g = static_cast<int>(lane.g);
+  float* const out = left_by(shared, warp);
+  for (int offset : {1, 2, 16}) progress.sum += __shfl_xor_sync(~0u, progress.sum, offset);
+  if (lane.t == 0 && g < rows) shared.sums[warp][g] = {progress.maximum, progress.sum};
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+#pragma unroll
+    for (int channel = 0; channel < 8; ++channel) {
+      float const low = progress.weighted[channel][c] + __shfl_xor_sync(~0u, progress.weighted[channel][c + 2], 2);
+      float const high = progress.weighted[channel][c + 2] + __shfl_xor_sync(~0u, progress.weighted[channel][c], 2);
+      if (lane.t < 2) {
+        out[(row + c) * head_dim + g * 8 + channel] = low;
+        out[(row + c) * head_dim + (g + 8) * 8 + channel] = high;
+      }
+    }
+}
+
+// The segment's pages of this warp, `count` pages after the kernel's first.
+template <bool Softcap>
+__device__ __forceinline__ void take_values(const Step& step, Shared& shared, unsigned& count) {
+  Pair& pair = shared.pairs[warp_of_role()];
+  int unit = first_unit(shared);
+  fetch_codes(pair.value_codes, page_of(shared, unit), shared.value_offset, step.value_banked);
+  write_query(step, shared, load_step(step, shared, unit), count);
+  if (unit + 1 < end_unit(shared)) write_query(step, shared, load_step(step, shared, unit + 1), count + 1);
+  float2 angle = load_step(step, shared, unit + 2);
+  const uint8_t* next_page = unit + 1 < end_unit(shared) ? page_of(shared, unit + 1) : nullptr;
+  gpu::cp_async_wait<0>();
+  gpu::barrier_sync(value_barrier, role_threads);  // the table is there
+  ValueLane const lane(gpu::lane_id());
+  Progress progress;
+  uint32_t codes[2][4];
+  load_value_codes(pair, lane, codes);
+  for (; unit < end_unit(shared); ++unit, ++count) {
+    gpu::wait(pair.written, count & 1);
+    float logits[8];
+    load_logits(pair, lane, logits);
+    __syncwarp();  // and the codes are in registers
+    if (gpu::lane_id() == 0) gpu::arrive(pair.taken);
+    if (unit + 1 < end_unit(shared)) {
+      fetch_codes(pair.value_codes, next_page, shared.value_offset, step.value_banked);
+      next_page = unit + 2 < end_unit(shared) ? page_of(shared, unit + 2) : nullptr;
+    }
+    if constexpr (Softcap)
+#pragma unroll
+      for (float& logit : logits) logit = capped(step, logit);
+    Interval const seen = shared.segment.seen.codes;
+    int const page_begin = unit * unit_tokens + warp_of_role() * page_tokens;
+    if (page_begin < seen.begin || page_begin + page_tokens > seen.end) {
+      int const first = page_begin + static_cast<int>(8 * lane.t + 32 * (lane.g >> 2));
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (first + i < seen.begin || first + i >= seen.end) logits[i] = unseen;
+    }
+    raise_maximum(lane, logits, progress);
+    uint32_t weights[4][2];
+    take_powers(lane, logits, progress, weights);
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      if (b == 2 && unit + 2 < end_unit(shared)) {
+        write_query(step, shared, angle, count + 2);
+        angle = load_step(step, shared, unit + 3);
+      }
+      add_values(shared, lane, codes, b, weights[b], progress);
+    }
+    gpu::cp_async_wait<0>();
+    __syncwarp();
+    load_value_codes(pair, lane, codes);
+  }
+  leave_progress(lane, progress, shared);
+}
+
+}  // namespace couplet::cuda::attend::lookup

@@ -346,15 +346,42 @@ __global__ void __launch_bounds__(64) hand_over(const int* in /*[5][32]*/, int* 
   }
 }
 
+// The same by barriers that count phases: the first warp fills a box while the second one may still be waiting for it.
+__global__ void __launch_bounds__(64) hand_over_by_phases(const int* in /*[5][32]*/, int* out /*[5][32]*/) {
+  GPU_SHARED(box, int[32]);
+  GPU_SHARED(filled, gpu::PhaseBarrier);
+  GPU_SHARED(emptied, gpu::PhaseBarrier);
+  int const lane = static_cast<int>(threadIdx.x % 32);
+  if (threadIdx.x == 0) {
+    gpu::initialize(filled, 1);
+    gpu::initialize(emptied, 32);
+  }
+  __syncthreads();
+  for (uint32_t round = 0; round < 5; ++round) {
+    if (threadIdx.x < 32) {
+      if (!gpu::has_completed(emptied, (round & 1) ^ 1)) gpu::wait(emptied, (round & 1) ^ 1);
+      box[lane] = in[round * 32 + static_cast<uint32_t>(lane)];
+      __syncwarp();
+      if (lane == 0) gpu::arrive(filled);
+    } else {
+      gpu::wait(filled, round & 1);
+      out[round * 32 + static_cast<uint32_t>(lane)] = box[31 - lane];
+      gpu::arrive(emptied);
+    }
+  }
+}
+
 void test_hand_over() {
   std::vector<int> values(160);
   for (int index = 0; index < 160; ++index) values[index] = index * 3;
   DeviceArray<int> const in(values);
-  DeviceArray<int> const out(160);
-  expect(gpu::launch(hand_over, 1, 64, 0, nullptr, in.data(), out.data()), "named barriers");
-  std::vector<int> const result = out.read();
-  for (int index = 0; index < 160; ++index)
-    CHECK(result[index] == values[index / 32 * 32 + 31 - index % 32], "value %d is %d", index, result[index]);
+  for (auto const kernel : {hand_over, hand_over_by_phases}) {
+    DeviceArray<int> const out(160);
+    expect(gpu::launch(kernel, 1, 64, 0, nullptr, in.data(), out.data()), "barriers of some warps");
+    std::vector<int> const result = out.read();
+    for (int index = 0; index < 160; ++index)
+      CHECK(result[index] == values[index / 32 * 32 + 31 - index % 32], "value %d is %d", index, result[index]);
+  }
 }
 
 struct Counters {

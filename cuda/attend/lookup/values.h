@@ -222,6 +222,7 @@ __device__ __forceinline__ void leave_progress(const ValueLane& lane, Progress& 
   int const row = static_cast<int>(2 * lane.t & 3);
   int const g = static_cast<int>(lane.g);
   float* const out = left_by(shared, warp);
+  __syncwarp();  // codes, which lie there, are no longer read
   for (int offset : {1, 2, 16}) progress.sum += __shfl_xor_sync(~0u, progress.sum, offset);
   if (lane.t == 0 && g < rows) shared.sums[warp][g] = {progress.maximum, progress.sum};
 #pragma unroll

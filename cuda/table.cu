@@ -11,7 +11,6 @@
 namespace couplet::cuda {
 namespace {
 
-constexpr int32_t bank_groups = 8;        // rows of 16 bytes in the 128 bytes of all banks
 constexpr float largest_float16 = 40000;  // times sqrt(2), which a rotation may make of it, is below 65504
 
 int64_t count_of(const couplet_table_params& params) {
@@ -25,30 +24,9 @@ bool fits_float16(const couplet_table_params& params) {
   return true;
 }
 
-bool is_banked(const couplet_table_params& params) {
-  return params.codec.group_channels == 8 && params.codec.code_bits == 8 &&
-         couplet_codec_groups(params.codec, params.head_dim) % bank_groups == 0;
-}
-
 bool is_by_code(const couplet_table_params& params) {
   int32_t const channels = params.codec.group_channels;
   return (channels == 2 || channels == 4 || channels == 8) && params.codec.code_bits == 8 && params.head_dim % 16 == 0;
-}
-
-std::vector<__half> banked_of(const couplet_table_params& params) {
-  constexpr int64_t channels = 8;
-  constexpr int64_t centroids = 256;
-  int64_t const groups = params.head_dim / channels;
-  std::vector<__half> banked(static_cast<size_t>(count_of(params)));
-  size_t from = 0;
-  for (int64_t kv_head = 0; kv_head < params.kv_heads; ++kv_head)
-    for (int64_t group = 0; group < groups; ++group)
-      for (int64_t code = 0; code < centroids; ++code) {
-        int64_t const row = (kv_head * centroids + code) * groups + group;
-        for (int64_t channel = 0; channel < channels; ++channel)
-          banked[static_cast<size_t>(row * channels + channel)] = __float2half_rn(params.centroids[from++]);
-      }
-  return banked;
 }
 
 std::vector<__half> by_code_of(const couplet_table_params& params) {
@@ -82,7 +60,6 @@ void destroy(couplet_table* handle) {
   cudaFree(table->metric);
   cudaFree(table->measured);
   cudaFree(table->float16_rows);
-  cudaFree(table->banked);
   cudaFree(table->by_code);
   delete table;
 }
@@ -111,10 +88,7 @@ couplet_status fill(Table* table, const couplet_table_params& params, couplet_re
       measure_centroids(params, measured.data());
       if (error == cudaSuccess) error = upload(measured.data(), count, &table->measured, &table->bytes);
     }
-    bool const rotates = fits_float16(params);
-    if (error == cudaSuccess && rotates && is_banked(params))
-      error = upload(banked_of(params).data(), count, &table->banked, &table->bytes);
-    if (error == cudaSuccess && rotates && is_by_code(params))
+    if (error == cudaSuccess && fits_float16(params) && is_by_code(params))
       error = upload(by_code_of(params).data(), count, &table->by_code, &table->bytes);
   } catch (const std::bad_alloc&) {
     error = cudaErrorMemoryAllocation;
@@ -137,7 +111,6 @@ couplet_status create(const couplet_table_params* params, couplet_table** out, c
       .metric = nullptr,
       .measured = nullptr,
       .float16_rows = nullptr,
-      .banked = nullptr,
       .by_code = nullptr,
   };
   if (!table) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for a table of centroids");

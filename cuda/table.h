@@ -25,12 +25,9 @@ struct Table {
   float* measured;
   // Device, float16, the same as rows, rounded to nearest (infinite where a centroid is beyond 65504). Read by decode to float16.
   __half* float16_rows;
-  // Device, float16 [kv_heads][256][groups][8 channels], 8c8b alone: the 16-byte rows of a code side by side, so that group g keeps to
-  // banks 4 (g % 8) to 4 (g % 8) + 3 whatever the code is. Read by attend/lookup. NULL for other codecs, for groups that are no
-  // multiple of 8, and where a centroid is too large for float16 once it is rotated.
-  __half* banked;
-  // Device, float16 [kv_heads][256][groups][channels] of groups of 2, 4 or 8 channels with codes of 8 bits, headDim a multiple of 16.
-  // Read by attend/gather. NULL for others, and where a centroid is too large for float16 once it is rotated.
+  // Device, float16 [kv_heads][256][groups][channels] of groups of 2, 4 or 8 channels with codes of 8 bits, headDim a multiple of 16:
+  // a group keeps to its banks whatever the code is. Read by attend/gather and attend/lookup. NULL for others, and where a centroid
+  // is too large for float16 once it is rotated.
   __half* by_code;
 };
 

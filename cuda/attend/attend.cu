@@ -47,8 +47,8 @@ Body select(const couplet_attend_params& params) {
       params.head_dim == 128 && params.query_heads / params.kv_heads <= lookup_rows && is_8c8b(params.key_codec) &&
       is_8c8b(params.value_codec) && params.page_tokens == 64 &&
       (params.key_page_offset | params.key_page_stride | params.value_page_offset | params.value_page_stride) % 16 == 0;
-  bool const tables = params.key_table && params.value_table && table_of(params.key_table)->banked &&
-                      table_of(params.value_table)->banked;
+  bool const tables = params.key_table && params.value_table && table_of(params.key_table)->by_code &&
+                      table_of(params.value_table)->by_code;
   Angles const angles = angles_of(params.rotary);
   bool const rotary =
       angles.pairs == 0 || (angles.offsets && angles.kind == COUPLET_ROTARY_HALF && angles.pairs == 64 &&
@@ -77,8 +77,6 @@ Layout layout_of(const couplet_attend_params& params) {
   if (params.key_table) {
     layout.step.key_rows = table_of(params.key_table)->rows;
     layout.step.value_rows = table_of(params.value_table)->rows;
-    layout.step.key_banked = table_of(params.key_table)->banked;
-    layout.step.value_banked = table_of(params.value_table)->banked;
     layout.step.key_by_code = table_of(params.key_table)->by_code;
     layout.step.value_by_code = table_of(params.value_table)->by_code;
   }

@@ -22,8 +22,6 @@ struct Step {
   Angles angles;
   const float* key_rows;  // float32 centroids, see Table
   const float* value_rows;
-  const __half* key_banked;
-  const __half* value_banked;
   const __half* key_by_code;
   const __half* value_by_code;
   int32_t* unit_begin;  // [sequence_count + 1]: units of one head block before a sequence

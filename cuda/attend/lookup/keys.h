@@ -129,7 +129,7 @@ __device__ __forceinline__ void take_keys(const Step& step, Shared& shared, cons
   KeyLane const lane(gpu::fresh_lane_id());
   Pair& pair = shared.pairs[warp_of_role()];
   int unit = first_unit(shared);
-  fetch_codes(pair.key_codes, page_of(shared, unit), shared.key_offset, step.key_banked);
+  fetch_codes(pair.key_codes, page_of(shared, unit), shared.key_offset, step.key_by_code);
   const uint8_t* next_page = unit + 1 < end_unit(shared) ? page_of(shared, unit + 1) : nullptr;
   gpu::cp_async_wait<0>();
   gpu::barrier_sync(key_barrier, role_threads);  // the table is there
@@ -149,7 +149,7 @@ __device__ __forceinline__ void take_keys(const Step& step, Shared& shared, cons
         load_key_codes(pair, 1, codes);
         __syncwarp();  // the page's codes are in registers
         if (unit + 1 < end_unit(shared)) {
-          fetch_codes(pair.key_codes, next_page, shared.key_offset, step.key_banked);
+          fetch_codes(pair.key_codes, next_page, shared.key_offset, step.key_by_code);
           next_page = unit + 2 < end_unit(shared) ? page_of(shared, unit + 2) : nullptr;
         }
         if (!ready) gpu::wait(pair.taken, (count & 1) ^ 1);

@@ -23,7 +23,7 @@ namespace {
 // Issues the copy of the key codebook, by the key warps: as it lies.
 __device__ __forceinline__ void load_keys(const Step& step, int kv_head, Shared& shared) {
   const unsigned char* const rows =
-      reinterpret_cast<const unsigned char*>(step.key_banked) + int64_t{kv_head} * key_bytes;
+      reinterpret_cast<const unsigned char*>(step.key_by_code) + int64_t{kv_head} * key_bytes;
   int const thread = warp_of_role() * 32 + gpu::fresh_lane_id();
 #pragma unroll 1
   for (int at = thread * 16; at < key_bytes; at += role_threads * 16) gpu::cp_async<16>(shared.keys + at, rows + at);
@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_keys(const Step& step, int kv_head, Shared&
 // groups of a code, where bit 2 of the group chooses which copy comes first.
 __device__ __forceinline__ void load_values(const Step& step, int kv_head, Shared& shared) {
   const unsigned char* const rows =
-      reinterpret_cast<const unsigned char*>(step.value_banked) + int64_t{kv_head} * key_bytes;
+      reinterpret_cast<const unsigned char*>(step.value_by_code) + int64_t{kv_head} * key_bytes;
   int const thread = warp_of_role() * 32 + gpu::fresh_lane_id();
 #pragma unroll 1
   for (int index = thread; index < key_bytes / row_bytes; index += role_threads) {

@@ -243,7 +243,7 @@ template <bool Softcap>
 __device__ __forceinline__ void take_values(const Step& step, Shared& shared, unsigned& count) {
   Pair& pair = shared.pairs[warp_of_role()];
   int unit = first_unit(shared);
-  fetch_codes(pair.value_codes, page_of(shared, unit), shared.value_offset, step.value_banked);
+  fetch_codes(pair.value_codes, page_of(shared, unit), shared.value_offset, step.value_by_code);
   write_query(step, shared, load_step(step, shared, unit), count);
   if (unit + 1 < end_unit(shared)) write_query(step, shared, load_step(step, shared, unit + 1), count + 1);
   float2 angle = load_step(step, shared, unit + 2);
@@ -261,7 +261,7 @@ __device__ __forceinline__ void take_values(const Step& step, Shared& shared, un
     __syncwarp();  // and the codes are in registers
     if (gpu::lane_id() == 0) gpu::arrive(pair.taken);
     if (unit + 1 < end_unit(shared)) {
-      fetch_codes(pair.value_codes, next_page, shared.value_offset, step.value_banked);
+      fetch_codes(pair.value_codes, next_page, shared.value_offset, step.value_by_code);
       next_page = unit + 2 < end_unit(shared) ? page_of(shared, unit + 2) : nullptr;
     }
     if constexpr (Softcap)

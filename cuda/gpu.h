@@ -328,6 +328,9 @@ __device__ __forceinline__ bool has_completed(PhaseBarrier& barrier, uint32_t pa
 __device__ __forceinline__ void wait(PhaseBarrier& barrier, uint32_t parity GPU_WHERE) {
 #ifdef GPU_SIM
   while (!sim::phase_has_completed(&barrier.state, parity)) sim::spin(where);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  while (!has_completed(barrier, parity)) {
+  }
 #else
   auto const address = static_cast<uint32_t>(__cvta_generic_to_shared(&barrier));
   uint32_t completed;

@@ -259,7 +259,7 @@ function attentionSection({ attention: { windows, layers }, sinks, window, atten
     },
     notes: [
       'Attention of the model in full precision. What falls on sinks and window is read exactly; errors of codes enter in proportion to the rest. '
-      + 'The lines (light: first layers, strong: last) say what another window would leave to codes.',
+      + 'The lines (faint: first layers, strong: last) say what another window would leave to codes.',
       `Queries in the second half of ${attentionChunks} chunk${attentionChunks === 1 ? '' : 's'} of ${Math.min(length, tokens)} tokens, a mean over heads. `
       + 'In longer texts more lies beyond any window.',
     ],

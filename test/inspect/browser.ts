@@ -52,7 +52,7 @@ export function usingBrowser(): (html: string, view: View, name: string) => Prom
     // Neither a sanitizer that is loaded into Node, nor the user's own settings.
     const env: NodeJS.ProcessEnv = { ...process.env, HOME: folder }
     delete env['LD_PRELOAD']
-    browser = await launch({ executablePath, args: ['--no-sandbox', '--disable-gpu'], userDataDir: join(folder, 'profile'), env })
+    browser = await launch({ executablePath, args: ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage'], userDataDir: join(folder, 'profile'), env })
   })
   after(async () => {
     await browser?.close()

@@ -19,9 +19,14 @@ export function rowsName(layer: number, side: Side): string {
   return `couplet.${layer}.${side}`
 }
 
-/** Name of a layer's softmax, the column of learned sinks left out: float32 [rows][kvHeads][repeats * tokens][tokens]. */
+/** Name of the softmax that a layer goes on with, the column of learned sinks left out: float32 [rows][kvHeads][repeats * tokens][tokens]. */
 export function probabilitiesName(layer: number): string {
   return `couplet.${layer}.probabilities`
+}
+
+/** Names of a layer's outputs by `Coding.isAside`: float32 [rows][kvHeads][repeats * tokens][headDim]. */
+export function outputName(layer: number, version: 'exact' | 'coded'): string {
+  return `couplet.${layer}.output.${version}`
 }
 
 export interface Coding {
@@ -30,6 +35,8 @@ export interface Coding {
   /** What a query reads as it is, as in evaluate: the first tokens, and the last ones with itself among them. */
   sinks: number
   window: number
+  /** Layers go on with exact outputs, and both versions are there to be compared. Default: they go on with what codes give. */
+  isAside?: boolean
 }
 
 /** What does not fit into a logit's bias: far below every logit, and finite, so that nothing becomes NaN. */
@@ -87,27 +94,34 @@ function expand(node: NodeProto, { build, feeds, layer, number, coding }: Contex
   const kept = coding && coding.sinks + coding.window > 0 ? build.cast(feeds.keptMask(repeats, coding), DataType.bool) : undefined
 
   const logitsOf = (keys: string) => build.matmul(queries, rotate(headsFirst(keys)), { transB: true })
-  let logits: string
-  if (codedRows === undefined) logits = logitsOf(exact.key)
-  else if (kept === undefined) logits = logitsOf(codedRows.key)
-  else logits = build.add('Where', [kept, logitsOf(exact.key), logitsOf(codedRows.key)])
-  if (softcap > 0) {
-    const cap = build.floats(Float32Array.of(softcap), [])
-    logits = build.add('Mul', [build.add('Tanh', [build.add('Div', [logits, cap])]), cap])
-  }
   const column = (value: string, count: number) => build.add('Pad', [value, build.integers([0, 0, 0, 0, 0, 0, 0, count])])
-  const bias = feeds.bias(layer, repeats)
-  const softmax = build.add('Softmax', [build.add('Add', [headSinks ? column(logits, 1) : logits, bias])], { attributes: { axis: -1 } })
-  const probabilities = build.add('Identity', [headSinks ? column(softmax, -1) : softmax], { outputs: [probabilitiesName(number)] })
-
+  const softmaxOf = (logits: string): string => {
+    if (softcap > 0) {
+      const cap = build.floats(Float32Array.of(softcap), [])
+      logits = build.add('Mul', [build.add('Tanh', [build.add('Div', [logits, cap])]), cap])
+    }
+    const bias = feeds.bias(layer, repeats)
+    const softmax = build.add('Softmax', [build.add('Add', [headSinks ? column(logits, 1) : logits, bias])], { attributes: { axis: -1 } })
+    return headSinks ? column(softmax, -1) : softmax
+  }
   const sum = (part: string, values: string) => build.add('MatMul', [part, headsFirst(values)])
-  let output: string
-  if (codedRows === undefined) output = sum(probabilities, exact.value)
-  else if (kept === undefined) output = sum(probabilities, codedRows.value)
-  else {
+  const attend = (coded: Record<Side, string> | undefined): { probabilities: string; output: string } => {
+    if (kept === undefined || coded === undefined) {
+      const { key: keys, value: values } = coded ?? exact
+      const probabilities = softmaxOf(logitsOf(keys))
+      return { probabilities, output: sum(probabilities, values) }
+    }
+    const probabilities = softmaxOf(build.add('Where', [kept, logitsOf(exact.key), logitsOf(coded.key)]))
     const zero = build.floats(Float32Array.of(0), [])
     const share = (...branches: [string, string]) => build.add('Where', [kept, ...branches])
-    output = build.add('Add', [sum(share(probabilities, zero), exact.value), sum(share(zero, probabilities), codedRows.value)])
+    return { probabilities, output: build.add('Add', [sum(share(probabilities, zero), exact.value), sum(share(zero, probabilities), coded.value)]) }
+  }
+
+  const { probabilities, output } = attend(coding?.isAside ? undefined : codedRows)
+  build.add('Identity', [probabilities], { outputs: [probabilitiesName(number)] })
+  if (coding?.isAside) {
+    build.add('Identity', [output], { outputs: [outputName(number, 'exact')] })
+    build.add('Identity', [attend(codedRows).output], { outputs: [outputName(number, 'coded')] })
   }
   const joined = headsFirst(reshape(output, [0, queryHeads, -1, headDim]))
   build.add('Reshape', [joined, build.integers([0, 0, queryHeads * headDim])], { outputs: [node.output[0]!] })

@@ -32,15 +32,15 @@ export class GraphSession {
     return new GraphSession(session, model.graph.output.map(({ name }) => name))
   }
 
-  /** All outputs of the graph by name. */
-  async run(feeds: NativeFeed[], signal?: AbortSignal): Promise<Map<string, NativeOutput>> {
+  /** Outputs of the graph by name: all, or those asked for. */
+  async run(feeds: NativeFeed[], signal?: AbortSignal, names = this.#outputNames): Promise<Map<string, NativeOutput>> {
     const session = this.#session
     if (session === undefined) throw disposedError('session')
     const outputs = await abortable(signal, (cancel) => {
       const interrupt = (): void => { if (cancel) addon().interruptSession(session, cancel) }
       signal?.addEventListener('abort', interrupt, { once: true })
       return addon()
-        .runSession({ session, feeds, outputs: [...this.#outputNames], logits: '', lastColumn: false, cancel })
+        .runSession({ session, feeds, outputs: [...names], logits: '', lastColumn: false, cancel })
         .finally(() => signal?.removeEventListener('abort', interrupt))
     })
     return new Map(outputs.map((output) => [output.name, output]))

@@ -1,4 +1,5 @@
 /** What codes lose of keys and values, and which codes are used. */
+import type { Codebook } from '../codebook'
 import type { Codec } from '../codec'
 import { codesBytes, decode, encode } from '../codes'
 import type { SampledRows } from './entropy'
@@ -37,10 +38,29 @@ export const rankSteps = 32
 const batchTokens = 2048
 const pageTokens = 64
 
-export interface CodingOptions {
+/** Some heads of a layer, on one side. */
+export interface CodedPart {
+  firstHead: number
+  heads: number
   codec: Codec
-  /** float32 [kvHeads][groups][centroids][groupChannels] */
+  /** float32 [heads][groups][centroids][groupChannels] */
   tables: Float32Array
+}
+
+export function partsOf(codebook: Codebook, layer: number, side: 'key' | 'value'): CodedPart[] {
+  return codebook.parts(layer).map(({ firstHead, heads, ...part }) => (
+    { firstHead, heads, ...side === 'key' ? { codec: part.keyCodec, tables: part.keyTable } : { codec: part.valueCodec, tables: part.valueTable } }
+  ))
+}
+
+export interface RowsOptions {
+  kvHeads: number
+  headDim: number
+  threads?: number | undefined
+  signal?: AbortSignal | undefined
+}
+
+export interface CodingOptions extends Pick<CodedPart, 'codec' | 'tables'> {
   threads?: number | undefined
   signal?: AbortSignal | undefined
 }
@@ -66,6 +86,20 @@ export async function measureCoding(rows: SampledRows, { codec, tables, threads,
     headErrors: Array.from(lost, (squares, head) => (squares === 0 ? 0 : squares / spread[head]!)),
     usage: usageOf(counts, codec, tokens),
   }
+}
+
+/** What codes stand for of rows float32 [tokens][kvHeads][headDim] of one layer and side. */
+export async function throughCodes(rows: Float32Array, parts: readonly CodedPart[], options: RowsOptions): Promise<Float32Array> {
+  const { kvHeads, headDim, threads, signal } = options
+  const width = kvHeads * headDim
+  const out = new Float32Array(rows.length)
+  for (const { firstHead, heads, codec, tables } of parts) {
+    const shape = { codec, kvHeads: heads, headDim, tokens: rows.length / width, tokenStride: width, headStride: headDim }
+    const call = { ...shape, tables, signal, ...(threads !== undefined && { threads }) }
+    const first = firstHead * headDim
+    await decode(await encode(rows.subarray(first), call), { ...call, out: out.subarray(first) })
+  }
+  return out
 }
 
 /** Of a layer's runs of heads, each as {@link measureCoding} gives it: usage is a mean over heads. */

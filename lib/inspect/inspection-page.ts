@@ -1,9 +1,11 @@
 import type { Line } from './charts'
 import { barChart, lineChart, matrixChart } from './charts'
 import { hotShare, rankSteps } from './coding'
+import type { ChartSpec } from './draw'
 import { entropyBins, mostGroups } from './entropy'
 import { count, percent, round } from './format'
 import type { Inspection, InspectedSide } from './inspect'
+import type { AttentionMass } from './mass'
 import type { Figure, LegendEntry, Section } from './page'
 import { palette, renderPage } from './page'
 
@@ -110,6 +112,32 @@ function entropySections({ layers, sampled }: Inspection): Section[] {
   }]
 }
 
+/** Shares by layer and kv head, [layers][kvHeads]; the strongest colour stands for `most`. */
+function headMap(shares: readonly (readonly number[])[], most: number): ChartSpec {
+  const columns = shares[0]!.length
+  const last = palette.sequential.length - 1
+  return matrixChart({
+    rows: shares.length, columns, colors: palette.sequential, rowTitle: 'layer', columnTitle: 'kv head',
+    classes: shares.flat().map((share) => (most > 0 ? Math.round(share / most * last) : 0)),
+    ...(columns <= 8 && { labels: shares.flat().map((share) => percent(share, most < 0.1 ? 1 : 0)) }),
+    cell: { width: Math.min(64, 280 / columns), height: Math.max(8, Math.min(22, 400 / shares.length)) },
+  })
+}
+
+function outputSection({ layers }: AttentionMass, { sinks, window }: { sinks: number; window: number }): Section[] {
+  const errors = layers.map(({ outputErrors }) => outputErrors ?? [])
+  const most = Math.max(...errors.flat())
+  const layer = errors.findIndex((heads) => heads.includes(most))
+  if (layer < 0) return []
+  return [{
+    title: `Codes change the attention of layer ${layer}, kv head ${errors[layer]!.indexOf(most)} most: by ${percent(most, 1)} of its square`,
+    ramp: { colors: palette.sequential, from: '0 %', to: percent(most, 1) },
+    figures: [{ description: 'Change of attention outputs by layer and kv head', spec: headMap(errors, most) }],
+    notes: [`Squared difference of attention outputs on codes from exact ones, over the square of the exact ones, with ${sinks} sinks and a window of ${window} exact: what is left of the `
+      + 'errors above where attention looks. Each layer is given what full precision gives it, so errors of layers before it are not in its figure.'],
+  }]
+}
+
 /** Where a figure is largest. */
 function peak(values: readonly Record<Side, number>[]): { layer: number; side: Side; value: number } {
   const all = values.flatMap((layer, number) => sides.map((side) => ({ layer: number, side, value: layer[side] })))
@@ -142,23 +170,17 @@ function correlationSection({ layers }: Inspection): Section {
   }
 }
 
-function codingSections({ layers, shape, sampled }: Inspection): Section[] {
+function codingSections({ layers, sampled, attention, sinks, window }: Inspection): Section[] {
   const coded = layers.map(({ key, value }) => key.coding && value.coding && { key: key.coding, value: value.coding })
   if (!coded.every((layer) => layer !== undefined)) {
     return [{ title: 'Errors and code usage: give a codebook', notes: ['couplet inspect --codebooks FILE adds what its codes lose and which are used.'] }]
   }
   const worst = peak(coded.map(({ key, value }) => ({ key: Math.max(...key.headErrors), value: Math.max(...value.headErrors) })))
   const worstHead = coded[worst.layer]![worst.side].headErrors.indexOf(worst.value)
-  const last = palette.sequential.length - 1
   const errors = sides.map((side): Figure => ({
     title: plural[side],
     description: `Share of variance lost by layer and kv head, ${plural[side]}`,
-    spec: matrixChart({
-      rows: layers.length, columns: shape.kvHeads, colors: palette.sequential, rowTitle: 'layer', columnTitle: 'kv head',
-      classes: coded.flatMap((layer) => layer[side].headErrors.map((error) => worst.value > 0 ? Math.round(error / worst.value * last) : 0)),
-      ...(shape.kvHeads <= 8 && { labels: coded.flatMap((layer) => layer[side].headErrors.map((error) => percent(error))) }),
-      cell: { width: Math.min(64, 280 / shape.kvHeads), height: Math.max(8, Math.min(22, 400 / layers.length)) },
-    }),
+    spec: headMap(coded.map((layer) => layer[side].headErrors), worst.value),
   }))
   const ranks = sides.map((side): Figure => ({
     title: plural[side],
@@ -199,7 +221,7 @@ function codingSections({ layers, shape, sampled }: Inspection): Section[] {
     figures: errors,
     notes: ['Squared distance between rows and what their codes stand for, over the squared distance from the mean, on this text. What a model makes of '
       + 'such an error is another question: weighted codebooks accept more of it where it matters less, and perplexity (couplet eval) has the last word.'],
-  }, {
+  }, ...outputSection(attention, { sinks, window }), {
     title: `Codes carry ${meanUsage('usedBits').toFixed(1)} of ${round(meanUsage('codeBits'))} bits on average; `
       + `${percent(meanUsage('dead'))} of centroids are dead, ${percent(meanUsage('hot'))} hot`,
     legend: [{ color: palette.muted, label: 'all used alike', mark: 'dashed' }],

@@ -1,9 +1,11 @@
-/** Where attention goes: to the sinks, to the window, or to tokens that would be codes. */
-import { expandAttention, probabilitiesName } from '../gradient/attention'
+/** Where attention goes: to the sinks, to the window, or to tokens that would be codes; and what codes make of its outputs. */
+import type { Coding, Side } from '../gradient/attention'
+import { expandAttention, outputName, probabilitiesName, rowsName, sides } from '../gradient/attention'
 import { GraphBuilder } from '../gradient/builder'
 import { decoderFeeds, floatsOf } from '../gradient/model'
 import { GraphSession } from '../gradient/session'
 import type { NativeFeed } from '../native/onnxruntime'
+import type { Decoder } from '../onnx/decoder'
 import { openDecoder } from '../onnx/decoder'
 import { removeUnused } from '../onnx/graph'
 import { DataType } from '../onnx/proto'
@@ -22,6 +24,11 @@ export interface LayerMass {
   heads: AttentionShares[]
   /** Share beyond the sinks and a window of `windows[i]` tokens, a mean over heads. */
   beyond: number[]
+  /**
+   * Of each kv head, what codes change of its outputs, sinks and window being exact: sum |output - output on codes|^2 / sum |output|^2. The
+   * layer's queries, keys and values are those of full precision. Undefined without a codebook.
+   */
+  outputErrors?: number[]
 }
 
 export interface MassOptions {
@@ -29,6 +36,8 @@ export interface MassOptions {
   sinks: number
   /** Newest tokens that do, the query's own among them. */
   window: number
+  /** What codes stand for of rows float32 [tokens][kvHeads][headDim]. */
+  coded?: ((rows: Float32Array, layer: number, side: Side) => Promise<Float32Array>) | undefined
   threads?: number | undefined
   signal?: AbortSignal | undefined
   onProgress?: (done: number, total: number) => void
@@ -41,7 +50,10 @@ export interface AttentionMass {
 }
 
 const classesInput = 'couplet.classes'
+const countedInput = 'couplet.counted'
 const massName = (layer: number): string => `couplet.${layer}.mass`
+const codedName = (layer: number, side: Side): string => `${rowsName(layer, side)}.coded`
+const squaresName = (layer: number, of: 'output' | 'change'): string => `couplet.${layer}.${of}.squares`
 
 /**
  * Exact attention of the queries in the second half of each text, which have half a text and more behind them. A run takes
@@ -51,36 +63,81 @@ const massName = (layer: number): string => `couplet.${layer}.mass`
  * @param texts token ids, all of the same number, at least 2
  */
 export async function attentionMass(path: string, texts: readonly (readonly number[])[], options: MassOptions): Promise<AttentionMass> {
-  const { sinks, window, threads = 0, signal, onProgress } = options
+  const { sinks, window, coded, threads = 0, signal, onProgress } = options
   const decoder = await openDecoder(path)
-  const { graph, folder, layers } = decoder
-  const attentionFeeds = expandAttention(graph, layers)
+  const { graph, folder, layers, shape } = decoder
+  const rowDims = [shape.kvHeads, shape.headDim]
+  // Codes are computed between two runs, by encode and decode: in the first one zeros stand for them.
+  const input: Coding['coded'] = (build, layer, side) => build.input(codedName(layer, side), DataType.float, [1, 'couplet.tokens', ...rowDims])
+  const coding = coded && { sinks, window, isAside: true, coded: input }
+  const attentionFeeds = expandAttention(graph, layers, coding)
   const tokens = texts[0]!.length
   const windows = windowsUpTo(tokens, window)
-  const build = new GraphBuilder(graph, 'couplet.mass')
-  graph.graph.output = []
-  build.input(classesInput, DataType.float, ['couplet.pairs', 'couplet.classes'])
-  for (const [layer, { queryHeads }] of layers.entries()) {
-    const flat = build.add('Reshape', [probabilitiesName(layer), build.integers([queryHeads, -1])])
-    build.output(build.add('MatMul', [flat, classesInput]), massName(layer))
-  }
-  graph.graph.node.push(...build.take())
-  removeUnused(graph)
+  addOutputs(decoder, coded !== undefined)
 
   const session = await GraphSession.create(graph, { folder, threads })
   try {
-    const classes = classFeed(tokens, sinks, windows)
-    const sums = layers.map(({ queryHeads }) => new Float64Array(queryHeads * (windows.length + 1)))
+    const fixed = [...attentionFeeds(tokens), classFeed(tokens, sinks, windows), ...(coded ? [countedFeed(tokens)] : [])]
+    const masses = layers.map(({ queryHeads }) => new Float64Array(queryHeads * (windows.length + 1)))
+    const squares = layers.map(({ kvHeads }) => ({ output: new Float64Array(kvHeads), change: new Float64Array(kvHeads) }))
+    const places = layers.flatMap((_, layer) => sides.map((side) => ({ layer, side })))
+    const codedFeed = (layer: number, side: Side, data: Float32Array): NativeFeed =>
+      ({ name: codedName(layer, side), type: DataType.float, dims: [1, tokens, ...rowDims], data })
+    const zeros = coded ? places.map(({ layer, side }) => codedFeed(layer, side, new Float32Array(tokens * shape.kvHeads * shape.headDim))) : []
+    const first = [...layers.keys()].map(massName).concat(coded ? places.map(({ layer, side }) => rowsName(layer, side)) : [])
+    const second = [...layers.keys()].flatMap((layer) => [squaresName(layer, 'output'), squaresName(layer, 'change')])
     for (const [done, text] of texts.entries()) {
-      const outputs = await session.run([...decoderFeeds(decoder, [text]), ...attentionFeeds(tokens), classes], signal)
-      sums.forEach((sum, layer) => { floatsOf(outputs, massName(layer)).forEach((mass, i) => { sum[i]! += mass }) })
+      const feeds = [...decoderFeeds(decoder, [text]), ...fixed]
+      const outputs = await session.run([...feeds, ...zeros], signal, first)
+      masses.forEach((sum, layer) => { addTo(sum, floatsOf(outputs, massName(layer))) })
+      if (coded) {
+        const codes: NativeFeed[] = []
+        for (const { layer, side } of places) codes.push(codedFeed(layer, side, await coded(floatsOf(outputs, rowsName(layer, side)), layer, side)))
+        const compared = await session.run([...feeds, ...codes], signal, second)
+        squares.forEach((sums, layer) => {
+          for (const of of ['output', 'change'] as const) addTo(sums[of], floatsOf(compared, squaresName(layer, of)))
+        })
+      }
       onProgress?.(done + 1, texts.length)
     }
     const at = windows.indexOf(Math.min(window, tokens))
-    return { windows, layers: sums.map((sum, layer) => layerMass(sum, { kvHeads: layers[layer]!.kvHeads, windows, at })) }
+    return {
+      windows,
+      layers: masses.map((sum, layer) => ({
+        ...layerMass(sum, { kvHeads: layers[layer]!.kvHeads, windows, at }),
+        ...(coded && { outputErrors: Array.from(squares[layer]!.change, (change, head) => (change === 0 ? 0 : change / squares[layer]!.output[head]!)) }),
+      })),
+    }
   } finally {
     session.dispose()
   }
+}
+
+function addTo(sums: Float64Array, values: Float32Array): void {
+  values.forEach((value, i) => { sums[i]! += value })
+}
+
+/** The sums that are wanted in place of logits; with `isCoded`, keys and values as well. */
+function addOutputs({ graph, layers }: Decoder, isCoded: boolean): void {
+  const build = new GraphBuilder(graph, 'couplet.mass')
+  graph.graph.output = []
+  build.input(classesInput, DataType.float, ['couplet.pairs', 'couplet.classes'])
+  if (isCoded) build.input(countedInput, DataType.float, ['couplet.tokens', 1])
+  for (const [layer, { queryHeads, kvHeads, headDim }] of layers.entries()) {
+    const flat = build.add('Reshape', [probabilitiesName(layer), build.integers([queryHeads, -1])])
+    build.output(build.add('MatMul', [flat, classesInput]), massName(layer))
+    if (!isCoded) continue
+    for (const side of sides) build.declare(rowsName(layer, side))
+    const counted = (output: string) =>
+      build.add('Mul', [build.add('Reshape', [output, build.integers([kvHeads, queryHeads / kvHeads, -1, headDim])]), countedInput])
+    const [exact, coded] = [outputName(layer, 'exact'), outputName(layer, 'coded')]
+    for (const [of, value] of [['output', exact], ['change', build.add('Sub', [exact, coded])]] as const) {
+      const rows = counted(value)
+      build.output(build.reduce('ReduceSum', build.add('Mul', [rows, rows]), [1, 2, 3]), squaresName(layer, of))
+    }
+  }
+  graph.graph.node.push(...build.take())
+  removeUnused(graph)
 }
 
 /** Windows whose share is wanted: ascending, the first 0, the last one all tokens. */
@@ -105,6 +162,11 @@ function classFeed(tokens: number, sinks: number, windows: readonly number[]): N
     }
   }
   return { name: classesInput, type: DataType.float, dims: [tokens * tokens, classes], data }
+}
+
+/** 1 for queries that count: float32 [tokens][1]. */
+function countedFeed(tokens: number): NativeFeed {
+  return { name: countedInput, type: DataType.float, dims: [tokens, 1], data: new Float32Array(tokens).fill(1, Math.floor(tokens / 2)) }
 }
 
 /** @param sum [queryHeads][sinks, then distances from each window on] */

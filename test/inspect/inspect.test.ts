@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { Readable } from 'node:stream'
 import { captureActivations, Codebook, codec as parseCodec } from '../../lib'
-import { measureCoding } from '../../lib/inspect/coding'
+import { measureCoding, partsOf, throughCodes } from '../../lib/inspect/coding'
 import { inspect } from '../../lib/inspect/inspect'
 import { attentionMass } from '../../lib/inspect/mass'
 import { DecoderModel } from '../../lib/onnx/model'
@@ -59,6 +59,66 @@ describe('attention mass', function () {
   })
 })
 
+describe('what codes make of attention', function () {
+  this.timeout(60_000)
+  const folder = temporaryFolder()
+  const [tokens, sinks, window, headDim, kvHeads] = [30, 2, 5, 32, 2]
+  const options = { sinks, window, threads: 1 }
+  type Coded = NonNullable<Parameters<typeof attentionMass>[2]['coded']>
+
+  it('is nothing where codes are exact, or where nothing is read from them', async () => {
+    const model = folder.save(decoder({ rotary: 'nodes' }))
+    const same: Coded = (rows) => Promise.resolve(rows)
+    const zero: Coded = (rows) => Promise.resolve(new Float32Array(rows.length))
+    for (const change of [{ coded: same }, { coded: zero, window: 100 }]) {
+      const { layers } = await attentionMass(model, [ids(tokens)], { ...options, ...change })
+      for (const { outputErrors } of layers) for (const error of outputErrors!) near(error, 0, 1e-10)
+    }
+    const { layers } = await attentionMass(model, [ids(tokens)], { sinks: 0, window: 0, coded: zero })
+    for (const { outputErrors } of layers) assert.deepEqual(outputErrors, [1, 1]) // values of zero leave nothing
+  })
+
+  it('under even attention is the mean of what codes change', async () => {
+    const model = folder.save(decoder({ scale: 1e-20 }))
+    const values: Float32Array[] = []
+    const coded: Coded = (rows, layer, side) => {
+      if (side === 'value') values[layer] = rows
+      return Promise.resolve(rows.map((value, i) => value + Math.sin(i)))
+    }
+    const { layers } = await attentionMass(model, [ids(tokens)], { ...options, coded })
+    layers.forEach(({ outputErrors }, layer) => {
+      for (let head = 0; head < kvHeads; head++) {
+        let [change, output] = [0, 0]
+        for (let query = tokens / 2; query < tokens; query++) {
+          for (let channel = 0; channel < headDim; channel++) {
+            let [sum, lost] = [0, 0]
+            for (let token = 0; token <= query; token++) {
+              const place = (token * kvHeads + head) * headDim + channel
+              sum += values[layer]![place]! / (query + 1)
+              if (token >= sinks && query - token >= window) lost += Math.sin(place) / (query + 1)
+            }
+            change += lost ** 2
+            output += sum ** 2
+          }
+        }
+        near(outputErrors![head]!, change / output, 1e-4 * change / output)
+      }
+    })
+  })
+
+  it('sees the keys, too, and each layer by itself', async () => {
+    const model = folder.save(decoder())
+    const shifted = (wanted: number): Coded => (rows, layer, side) =>
+      Promise.resolve(layer === wanted && side === 'key' ? rows.map((value, i) => value + Math.cos(i)) : rows)
+    const first = await attentionMass(model, [ids(tokens)], { ...options, coded: shifted(0) })
+    const second = await attentionMass(model, [ids(tokens)], { ...options, coded: shifted(1) })
+    assert.ok(first.layers[0]!.outputErrors!.every((error) => error > 1e-4) && second.layers[1]!.outputErrors!.every((error) => error > 1e-4))
+    for (const error of [...first.layers[1]!.outputErrors!, ...second.layers[0]!.outputErrors!]) near(error, 0, 1e-10)
+    const plain = await attentionMass(model, [ids(tokens)], options)
+    assert.deepEqual(first.layers.map(({ shares }) => shares), plain.layers.map(({ shares }) => shares))
+  })
+})
+
 describe('inspect', function () {
   this.timeout(60_000)
   const random = normals(1)
@@ -88,6 +148,7 @@ describe('inspect', function () {
       }
       assert.deepEqual([layer.key.coding!.codec, layer.value.coding!.codec], ['cq-8c4b', 'cq-4c4b'])
     }
+    for (const { outputErrors } of inspection.attention.layers) assert.ok(outputErrors!.length === 2 && outputErrors!.every((error) => error > 0))
     for (const { shares } of inspection.attention.layers) near(shares.sinks + shares.window + shares.codes, 1, 1e-6)
   })
 
@@ -117,8 +178,22 @@ describe('inspect', function () {
     assert.deepEqual([codec, headErrors.length, usage.codeBits], ['cq-8c4b, cq-4c5b', 2, 4.5])
     // A head's error is that of its own codes: the same as under a codebook that has only these.
     const table = mixed.parts(2)[1]!.valueTable
-    const own = await measureCoding(await rowsOfHead(1), { codec: parseCodec('cq-4c5b'), tables: table })
+    const one = await rowsOfHead(1)
+    const own = await measureCoding(one, { codec: parseCodec('cq-4c5b'), tables: table })
     assert.equal(headErrors[1], own.headErrors[0])
+    // ... and so is what its rows become.
+    const both = await throughCodes(one.data, partsOf(mixed, 2, 'value'), { kvHeads: 2, headDim: 64 })
+    let [lost, spread] = [0, 0]
+    const mean = (channel: number) => one.data.reduce((sum, value, i) => (i % 128 === channel ? sum + value / one.tokens : sum), 0)
+    for (let channel = 64; channel < 128; channel++) {
+      const center = mean(channel)
+      for (let token = 0; token < one.tokens; token++) {
+        const place = token * 128 + channel
+        lost += (one.data[place]! - both[place]!) ** 2
+        spread += (one.data[place]! - center) ** 2
+      }
+    }
+    near(lost / spread, headErrors[1]!, 1e-9)
   })
 
   /** Of the values of layer 2. */

@@ -30,7 +30,9 @@ export function madeUpInspection({ layers = 4, kvHeads = 2, coded = true, codeBi
   const windows = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
   const mass = (layer: number) => {
     const shares = { sinks: 0.1, window: 0.6 - 0.3 * layer / layers, codes: 0.3 + 0.3 * layer / layers }
-    return { shares, heads: Array.from({ length: kvHeads }, () => shares), beyond: windows.map((size) => 0.9 * (1 - Math.sqrt(size / 512))) }
+    const outputErrors = Array.from({ length: kvHeads }, (_, head) => 0.06 * (layer + 1) / layers / (head + 1))
+    const heads = Array.from({ length: kvHeads }, () => shares)
+    return { shares, heads, ...(coded && { outputErrors }), beyond: windows.map((size) => 0.9 * (1 - Math.sqrt(size / 512))) }
   }
   const all = <T>(one: (layer: number) => T): T[] => Array.from({ length: layers }, (_, layer) => one(layer))
   return {

@@ -29,17 +29,18 @@ describe('pages in a browser', function () {
 
     it(`an inspection is readable, ${where}`, async () => {
       const seen = await look(await inspectionPage(madeUpInspection(), { name: 'made-up <model>' }), view, 'inspection')
-      // 4 of entropy and 1 over layers, 8 of correlation, 2 of errors, 2 + 2 of usage, 2 of attention
-      checkPage(seen, { charts: 21, marks: 8 * 32 + 16 + 30 })
+      // 4 of entropy and 1 over layers, 8 of correlation, 2 + 1 of errors, 2 + 2 of usage, 2 of attention
+      checkPage(seen, { charts: 22, marks: 8 * 32 + 24 + 30 })
       assert.match(seen.text, /made-up <model>/)
       assert.match(seen.text, /Codes lose most in the keys of layer 3, kv head 1: 50 % of their variance/)
+      assert.match(seen.text, /Codes change the attention of layer 3, kv head 0 most: by 6\.0 % of its square/)
       assert.match(seen.text, /With 4 sinks and a window of 32, 41 % of attention falls on codes; most in layer 3: 5[23] %/)
       assert.equal(seen.background, view.scheme === 'light' ? 'rgb(255, 255, 255)' : 'rgb(20, 23, 27)')
     })
 
     it(`so is one of many layers and heads, ${where}`, async () => {
       const seen = await look(await inspectionPage(madeUpInspection({ layers: 48, kvHeads: 16, codeBits: 10 })), view, 'large')
-      checkPage(seen, { charts: 21, marks: 8 * 32 + 48 + 48 })
+      checkPage(seen, { charts: 22, marks: 8 * 32 + 48 + 48 })
       assert.match(seen.text, /48 layers, 64 query heads, 16 kv heads of 128 channels/)
     })
   }

@@ -1,8 +1,10 @@
 import { stat } from 'node:fs/promises'
+import type { ChooseOptions } from './allocate/choose'
+import { checkChoice, chooseCodecs } from './allocate/choose'
 import { requireObject, requireText } from './arguments'
-import type { CaptureActivationsOptions } from './calibrate/capture'
+import type { CaptureActivationsOptions, Captured, CommonOptions } from './calibrate/capture'
 import { capture, checkCapture, judgedChunks, memoryStores } from './calibrate/capture'
-import type { CalibrationSettings } from './calibrate/checkpoint'
+import type { CalibrationSettings, ChosenCodecs } from './calibrate/checkpoint'
 import { CalibrationCheckpoint } from './calibrate/checkpoint'
 import type { LearnedTables, LearnOptions } from './calibrate/learn'
 import { codebookOf, codecsOf, learnSides } from './calibrate/learn'
@@ -11,9 +13,15 @@ import { Reporter } from './calibrate/report'
 import type { Texts } from './calibrate/text'
 import { evenChunks } from './calibrate/text'
 import type { Codebook } from './codebook'
-import { rangeError } from './errors'
+import { tableElements } from './codebook-file'
+import { commonCodec } from './codec'
+import type { DeviceOptions } from './device'
+import { rangeError, throwExpected } from './errors'
 import { DecoderModel } from './onnx/model'
 
+export type { ChooseOptions, Chosen } from './allocate/choose'
+export { chooseCodecs } from './allocate/choose'
+export type { Sensitivity } from './allocate/sensitivity'
 export type { CalibrationProgress, Captured, CaptureActivationsOptions, WeightKind } from './calibrate/capture'
 export { captureActivations } from './calibrate/capture'
 export type { LearnOptions } from './calibrate/learn'
@@ -22,9 +30,15 @@ export type { CalibrationReport, CalibrationWarning, LayerError, PredictedText, 
 export type { Activations, SideActivations } from './calibrate/sample'
 export type { TextInput, Texts } from './calibrate/text'
 
-export interface CalibrateOptions extends Omit<CaptureActivationsOptions, 'directory'>, LearnOptions {
+export interface CalibrateOptions extends Omit<CaptureActivationsOptions, 'directory'>, Omit<LearnOptions, 'codec' | 'chosen'> {
   /** Directory of the model (tokenizer.json, onnx/model.onnx). */
   model: string
+  /** Such as `'cq-8c8b'`, one for each side, or by layer and part; or `bits`. */
+  codec?: LearnOptions['codec'] | undefined
+  /** In place of `codec`: what codes may take, in bits by channel. Codecs are then chosen by layer, side and kv head ({@link chooseCodecs}). */
+  bits?: number | undefined
+  /** How they are chosen. */
+  choose?: Omit<ChooseOptions, 'bits' | keyof CommonOptions | keyof DeviceOptions> | undefined
   /** A text such as the codebook will meet: the report says how far it is from the calibration text, and what codes cost on it. */
   evalText?: Texts
   /**
@@ -56,34 +70,73 @@ export async function calibrate(options: CalibrateOptions): Promise<Calibrated> 
   const { length, points } = checkCapture(options)
   if (options.checkpoint !== undefined) requireText(options.checkpoint, 'checkpoint')
   using model = await DecoderModel.load(options.model, options.threads === undefined ? {} : { threads: options.threads })
-  const codecs = codecsOf(options.codec, model.shape.headDim) // before the text is run, which may take long
+  const choice = checkCodecs(options, model) // before the text is run, which may take long
   const reading = { directory: options.model, length, signal: options.signal }
   const evalChunks = options.evalText === undefined ? undefined : await evenChunks(options.evalText, reading, judgedChunks)
   if (evalChunks?.length === 0) throw rangeError('Expected a text of at least two tokens for `evalText` but received a shorter one')
   const checkpoint = options.checkpoint === undefined ? undefined : await CalibrationCheckpoint.open(options.checkpoint, await settingsOf(model, options))
   using captured = await capture(model, { ...options, directory: options.model }, checkpoint ?? memoryStores(points), checkpoint)
 
+  const found = choice && await chosenCodecs(captured, choice, checkpoint)
+  const learning: LearnOptions = { ...options, codec: found?.codecs ?? options.codec!, chosen: found?.chosen }
+  const codecs = codecsOf(learning.codec, model.shape)
   const tables: LearnedTables = { key: [], value: [] }
   const reporter = new Reporter(captured, options)
-  const { kvHeads, headDim } = model.shape
-  const readKnown = async (layer: number, side: 'key' | 'value') => checkpoint?.readTable(layer, side, kvHeads * headDim * codecs[side].centroids)
-  for await (const learned of learnSides(captured, options, readKnown)) {
+  const readKnown = async (layer: number, side: 'key' | 'value') =>
+    checkpoint?.readTable(layer, side, tableElements(codecs[layer]!, model.shape.headDim, side))
+  for await (const learned of learnSides(captured, learning, readKnown)) {
     if (!learned.known) await checkpoint?.saveTable(learned.layer, learned.side, learned.table)
     tables[learned.side].push(learned.table)
     await reporter.add(learned)
   }
-  const codebook = codebookOf(captured, options, tables)
+  const codebook = codebookOf(captured, learning, tables)
   return { codebook, report: await reporter.report(codebook, model, evalChunks) }
+}
+
+/** How codecs are to be chosen; undefined when they are given. */
+function checkCodecs(options: CalibrateOptions, { shape }: DecoderModel): ChooseOptions | undefined {
+  const { bits, choose, codec } = options
+  if (bits === undefined) {
+    if (choose !== undefined) throwExpected('a number beside `choose`', 'bits', bits)
+    codecsOf(codec, shape)
+    return undefined
+  }
+  if (codec !== undefined) throwExpected('either `bits` or `codec`', 'codec', codec)
+  const choice = { ...options, iterations: undefined, ...choose, bits }
+  checkChoice(choice, shape.headDim)
+  return choice
+}
+
+/** Chosen once, and kept by the checkpoint. */
+async function chosenCodecs(captured: Captured, choice: ChooseOptions, checkpoint: CalibrationCheckpoint | undefined): Promise<ChosenCodecs> {
+  const known = await checkpoint?.readChosen()
+  if (known !== undefined) return known
+  const found = await chooseCodecs(captured, choice)
+  await checkpoint?.saveChosen(found)
+  return found
 }
 
 /** All that decides what a codebook comes out as, but for the text. */
 async function settingsOf(model: DecoderModel, options: CalibrateOptions): Promise<CalibrationSettings> {
   const { seed, ...capturing } = checkCapture(options)
   const { iterations = 100, device = 'cpu', gradients } = options
-  const codecs = codecsOf(options.codec, model.shape.headDim)
+  const choice = checkCodecs(options, model)
   const file = gradients === undefined ? undefined : await stat(gradients)
   return {
-    model: model.fingerprint, ...capturing, seed: String(seed), key: codecs.key.name, value: codecs.value.name, iterations, device,
+    model: model.fingerprint, ...capturing, seed: String(seed), iterations, device,
+    ...(choice ? choiceSettings(choice, model) : codecSettings(options.codec, model)),
     gradients: file === undefined ? 'none' : `${file.size} bytes of ${file.mtime.toISOString()}`,
   }
+}
+
+function codecSettings(codec: LearnOptions['codec'] | undefined, { shape }: DecoderModel): CalibrationSettings {
+  const codecs = codecsOf(codec, shape)
+  const [key, value] = (['keyCodec', 'valueCodec'] as const).map((side) =>
+    commonCodec(codecs, side)?.name ?? codecs.map((parts) => parts.map((part) => `${part.heads} ${part[side].name}`).join('+')).join('|'))
+  return { key: key!, value: value! }
+}
+
+function choiceSettings(choice: ChooseOptions, { shape }: DecoderModel): CalibrationSettings {
+  const { bits, per, measure, sinks, window, iterations, candidates } = checkChoice(choice, shape.headDim)
+  return { bits, per, measure, sinks, window, tried: iterations, candidates: candidates.map(({ name }) => name).join() }
 }

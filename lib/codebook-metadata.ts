@@ -29,6 +29,8 @@ export interface LearnedFrom {
   text?: string
   /** ISO 8601. */
   date?: string
+  /** How codecs were chosen: for a budget in bits by channel, what their codes take of it, and the divergence expected, in natural logarithms a token. */
+  chosen?: { budget: number; bits: number; loss: number; measure: 'divergence' | 'fisher'; sinks: number; window: number; candidates: readonly string[] }
   /** By `tune` afterwards: steps, tokens in full precision, and the hash of its text. */
   tuned?: { steps: number; window: number; sinks: number; text: string }
 }
@@ -158,6 +160,7 @@ function readLearned(json: Json): LearnedFrom {
   const text = members.get('text')
   const date = members.get('date')
   const tuned = members.get('tuned')
+  const chosen = members.get('chosen')
   return Object.freeze({
     weights: readOneOf(members.get('weights'), 'learned.weights', ['uniform', 'attention', 'fisher']),
     iterations: readCount(members.get('iterations'), 'learned.iterations', 0),
@@ -165,7 +168,24 @@ function readLearned(json: Json): LearnedFrom {
     tokens: readCount(members.get('tokens'), 'learned.tokens', 0),
     ...(text !== undefined && { text: readText(text, 'learned.text') }),
     ...(date !== undefined && { date: readText(date, 'learned.date') }),
+    ...(chosen !== undefined && { chosen: readChosen(chosen) }),
     ...(tuned !== undefined && { tuned: readTuned(tuned) }),
+  })
+}
+
+function readChosen(json: Json): NonNullable<LearnedFrom['chosen']> {
+  const members = readObject(json, 'learned.chosen')
+  const number = (name: string): number => {
+    const value = members.get(name)
+    return typeof value === 'number' && Number.isFinite(value) ? value : throwExpected('a number', `learned.chosen.${name}`, value)
+  }
+  const count = (name: string) => readCount(members.get(name), `learned.chosen.${name}`, 0)
+  return Object.freeze({
+    budget: number('budget'), bits: number('bits'), loss: number('loss'),
+    measure: readOneOf(members.get('measure'), 'learned.chosen.measure', ['divergence', 'fisher']),
+    sinks: count('sinks'), window: count('window'),
+    candidates: Object.freeze(readArray(members.get('candidates') ?? null, 'learned.chosen.candidates')
+      .map((name) => readText(name, 'learned.chosen.candidates'))),
   })
 }
 

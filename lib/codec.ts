@@ -80,3 +80,14 @@ export function meanBits(codecs: LayerCodecs): number {
   const sum = parts.reduce((bits, { heads, keyCodec, valueCodec }) => bits + heads * (keyCodec.bitsPerChannel + valueCodec.bitsPerChannel), 0)
   return sum / parts.reduce((sides, { heads }) => sides + 2 * heads, 0)
 }
+
+/** One side of neighbouring kv heads of a layer. */
+export interface SidePart {
+  readonly firstHead: number
+  readonly heads: number
+  readonly codec: Codec
+}
+
+export function sideParts(parts: readonly HeadCodecs[], side: 'key' | 'value'): SidePart[] {
+  return parts.map(({ firstHead, heads, keyCodec, valueCodec }) => ({ firstHead, heads, codec: side === 'key' ? keyCodec : valueCodec }))
+}

@@ -4,10 +4,10 @@ export type {
 } from './cache'
 export { Cache, Sequence, Step } from './cache'
 export type {
-  Activations, Calibrated, CalibrateOptions, CalibrationProgress, CalibrationReport, CalibrationWarning, Captured, CaptureActivationsOptions, LayerError,
-  LearnOptions, PredictedText, SideActivations, SideError, SufferingPlace, TextInput, Texts, WeightKind,
+  Activations, Calibrated, CalibrateOptions, CalibrationProgress, CalibrationReport, CalibrationWarning, Captured, CaptureActivationsOptions, Chosen,
+  ChooseOptions, LayerError, LearnOptions, PredictedText, Sensitivity, SideActivations, SideError, SufferingPlace, TextInput, Texts, WeightKind,
 } from './calibrate'
-export { calibrate, captureActivations, learnCodebook } from './calibrate'
+export { calibrate, captureActivations, chooseCodecs, learnCodebook } from './calibrate'
 export type { BackendState, Capabilities, DeviceInfo, SilentDevice } from './capabilities'
 export { capabilities } from './capabilities'
 export type { CodebookMetadata, CodebookPart, CodebookTables, ExpectedCodebook, LearnedFrom, RotarySpec, SaveOptions } from './codebook'

@@ -2,8 +2,8 @@
 import { requireInteger, requireObject } from './arguments'
 import { Cache } from './cache'
 import { Codebook } from './codebook'
-import type { Codec, CodecLike } from './codec'
-import { codec as parseCodec } from './codec'
+import type { Codec, CodecLike, LayerCodecs } from './codec'
+import { codec as parseCodec, meanBits } from './codec'
 import { codesBytes } from './codes'
 import { rangeError, throwExpected } from './errors'
 
@@ -18,6 +18,8 @@ export interface PlanOptions {
   sequences?: number | undefined
   /** Codecs to plan for, of both sides. Default 2c8b, 4c8b, 8c10b, 8c8b and 16c12b, as far as they fit headDim. */
   codecs?: readonly CodecLike[] | undefined
+  /** Codebooks to plan for as well, such as those whose codecs differ by layer and head. */
+  codebooks?: readonly Codebook[] | undefined
   /** First tokens of a sequence in full precision; default 4. */
   sinks?: number | undefined
   /** Last tokens of a sequence in full precision; default 32. */
@@ -27,7 +29,7 @@ export interface PlanOptions {
 }
 
 export interface PlannedCache {
-  /** `float16`, `int8`, `int4`, or a codec's name. */
+  /** `float16`, `int8`, `int4`, a codec's name, or those of a codebook: `cq-4c8b/cq-8c8b` of keys and values, `mixed-1.25` with the bits of its codes. */
   name: string
   /** Bytes of codes of all sequences, padding included; of a cache that is not couplet's, all of it. */
   pageBytes: number
@@ -98,27 +100,46 @@ export function plan(options: PlanOptions): PlannedCache[] {
     const bytes = (length: number): number => Math.ceil(length * channels * bits / 8)
     return planned(name, 0, { pageBytes: bytes(context), rawBytes: 0 }, bytes)
   })
-  const coded = codecs.map((codec) => {
-    const shape = { layers, kvHeads, headDim, sinks, window, codec }
-    return planned(codec.name, layers * codebookLayerBytes(shape), sizeAt(shape, context, context), (length) => peakBytes(shape, length))
+  const given = (options.codebooks ?? []).map((codebook) => {
+    if (!(codebook instanceof Codebook)) throwExpected('Codebooks', 'codebooks', codebook)
+    codebook.check({ layers, kvHeads, headDim })
+    return { name: nameOf(codebook), codecs: codebook.codecs, codebookBytes: codebookBytesOf(codebook) }
+  })
+  const uniform = codecs.map((codec) => {
+    const parts = [{ firstHead: 0, heads: kvHeads, keyCodec: codec, valueCodec: codec }]
+    return { name: codec.name, codecs: Array<typeof parts>(layers).fill(parts), codebookBytes: layers * codebookLayerBytes(codec, kvHeads, headDim) }
+  })
+  const coded = [...uniform, ...given].map(({ name, codecs, codebookBytes }) => {
+    const shape = { layers, kvHeads, headDim, sinks, window, pageBytes: pageBytesOf(codecs, headDim) }
+    return planned(name, codebookBytes, sizeAt(shape, context, context), (length) => peakBytes(shape, length))
   })
   return [...scalars, ...coded]
 }
 
+function nameOf({ keyCodec, valueCodec, codecs }: Codebook): string {
+  if (keyCodec === undefined || valueCodec === undefined) return `mixed-${Number(meanBits(codecs).toFixed(3))}`
+  return keyCodec.name === valueCodec.name ? keyCodec.name : `${keyCodec.name}/${valueCodec.name}`
+}
+
+/** Of one page of every layer, side and kv head. */
+function pageBytesOf(codecs: LayerCodecs, headDim: number): number {
+  const bytes = (codec: Codec, kvHeads: number): number => codesBytes({ codec, tokens: pageTokens, kvHeads, headDim, pageTokens })
+  return codecs.flat().reduce((sum, { heads, keyCodec, valueCodec }) => sum + bytes(keyCodec, heads) + bytes(valueCodec, heads), 0)
+}
+
 interface Sizes { pageBytes: number; rawBytes: number }
-interface CodedShape { layers: number; kvHeads: number; headDim: number; sinks: number; window: number; codec: Codec }
+interface CodedShape { layers: number; kvHeads: number; headDim: number; sinks: number; window: number; pageBytes: number }
 
 /** Bytes of a sequence that a step has brought to `length` tokens while its window still covers what it did at `windowOf` tokens. */
-function sizeAt({ layers, kvHeads, headDim, sinks, window, codec }: CodedShape, length: number, windowOf: number): Sizes {
+function sizeAt({ layers, kvHeads, headDim, sinks, window, pageBytes }: CodedShape, length: number, windowOf: number): Sizes {
   const codedEnd = Math.max(sinks, length - window)
-  const firstPage = Math.floor(sinks / pageTokens) * pageTokens
-  const pages = codedEnd > sinks ? codesBytes({ codec, tokens: codedEnd - firstPage, kvHeads, headDim, pageTokens }) : 0
+  const pages = codedEnd > sinks ? Math.ceil(codedEnd / pageTokens) - Math.floor(sinks / pageTokens) : 0
   const sinkTokens = Math.min(sinks, Math.ceil(Math.min(length, sinks) / rawBlockTokens) * rawBlockTokens)
   const windowStart = Math.max(sinks, windowOf - window) - sinks
   const windowEnd = length - sinks
   const windowBlocks = windowStart < windowEnd ? Math.ceil(windowEnd / rawBlockTokens) - Math.floor(windowStart / rawBlockTokens) : 0
   const rawTokens = sinkTokens + windowBlocks * rawBlockTokens
-  return { pageBytes: layers * 2 * pages, rawBytes: layers * 2 * kvHeads * headDim * 4 * rawTokens }
+  return { pageBytes: pages * pageBytes, rawBytes: layers * 2 * kvHeads * headDim * 4 * rawTokens }
 }
 
 /** The most that a sequence takes on its way to `length` tokens, one by one: inside a step, before it drops what has left the window. */
@@ -144,9 +165,13 @@ function longest(fits: (length: number) => boolean): number {
 }
 
 /** Of the tables of one layer as the backend keeps them: it is asked, with tables of zeros. */
-function codebookLayerBytes({ kvHeads, headDim, codec }: CodedShape): number {
+function codebookLayerBytes(codec: Codec, kvHeads: number, headDim: number): number {
   const table = new Float32Array(kvHeads * headDim * codec.centroids)
   using codebook = Codebook.fromTables({ keyTables: [table], valueTables: [table], keyCodec: codec, valueCodec: codec, kvHeads, headDim })
-  using cache = new Cache({ codebook, queryHeads: kvHeads })
+  return codebookBytesOf(codebook)
+}
+
+function codebookBytesOf(codebook: Codebook): number {
+  using cache = new Cache({ codebook, queryHeads: codebook.kvHeads })
   return cache.statistics().codebookBytes
 }

@@ -15,9 +15,9 @@ import { EvenChoice, TextReader } from './text'
 export type WeightKind = 'uniform' | 'attention' | 'fisher'
 
 export interface CalibrationProgress {
-  /** `capture`: tokens are run through the model; `learn`: centroids are learned; `predict`: what they cost is measured. */
-  phase: 'capture' | 'learn' | 'predict'
-  /** Tokens; sides of layers, with the share that is done of the present one; chunks. */
+  /** `capture`: tokens are run through the model; `choose`: codecs are tried; `learn`: centroids are learned; `predict`: what they cost is measured. */
+  phase: 'capture' | 'choose' | 'learn' | 'predict'
+  /** Tokens; sides of layers by codecs; sides of layers, with the share that is done of the present one; chunks. */
   done: number
   /** An estimate until the text has ended; undefined for a stream. */
   total: number | undefined

@@ -10,6 +10,7 @@ import { join } from 'node:path'
 import { codeOf, rangeError } from '../errors'
 import { writeAtomically } from '../files'
 import type { Side } from '../gradient/attention'
+import type { Chosen } from '../allocate/choose'
 import type { CaptureCheckpoint, CaptureState, CaptureStores } from './capture'
 import type { SamplePart, SampleStore, SlotRun } from './sample'
 import { partName } from './sample'
@@ -17,9 +18,13 @@ import { partName } from './sample'
 /** What a calibration is told; a checkpoint belongs to one set of these. */
 export type CalibrationSettings = Record<string, string | number>
 
+/** What was chosen for a budget. */
+export type ChosenCodecs = Pick<Chosen, 'codecs' | 'chosen'>
+
 const format = 'couplet.calibration'
 const stateFile = 'state.json'
-const ownFiles = /^(state\.json|(sample|heldOut)\.layers\.\d+\.(key|value)\.(rows|weights)|layers\.\d+\.(key|value)\.table)$/
+const chosenFile = 'chosen.json'
+const ownFiles = /^(state\.json|(sample|heldOut)\.layers\.\d+\.(key|value)\.(rows|weights)|layers\.\d+\.(key|value)\.table|chosen\.json)$/
 
 /** Least time between two savings of the text's state: each waits for the disk. */
 const saveMilliseconds = 2000
@@ -79,6 +84,19 @@ export class CalibrationCheckpoint implements CaptureCheckpoint, CaptureStores {
     await this.heldOut.flush()
     await this.#writeState()
     this.#saved = performance.now()
+  }
+
+  async saveChosen({ codecs, chosen }: ChosenCodecs): Promise<void> {
+    await writeAtomically(join(this.#folder, chosenFile), [new TextEncoder().encode(JSON.stringify({ codecs, chosen }))])
+  }
+
+  /** What was chosen for the same settings, if it was. */
+  async readChosen(): Promise<ChosenCodecs | undefined> {
+    const text = await readFile(join(this.#folder, chosenFile), 'utf8').catch((error: unknown) => {
+      if (codeOf(error) !== 'ENOENT') throw error
+      return undefined
+    })
+    return text === undefined ? undefined : JSON.parse(text) as ChosenCodecs
   }
 
   async saveTable(layer: number, side: Side, table: Float32Array): Promise<void> {

@@ -1,23 +1,32 @@
 /** What codes lose of keys and values, as a share of their variance. */
-import type { Codec } from '../codec'
+import type { SidePart } from '../codec'
 import { decode, encode } from '../codes'
 import type { SideActivations } from './sample'
 
 /** Tokens that are coded at a time; adding up those of 8 heads of 128 channels takes some 3 ms of the JavaScript thread. */
 const sliceTokens = 512
 
+/** One layer and side, and what codes it. */
+export interface CodedPlace {
+  readonly kvHeads: number
+  readonly headDim: number
+  readonly parts: readonly SidePart[]
+  /** The parts one after another, float32 [heads][groups][centroids][groupChannels]. */
+  readonly table: Float32Array
+  readonly threads?: number | undefined
+}
+
 /** Sums over any number of tokens of one layer and side, from which their coded error comes. */
 export class CodedError {
-  readonly #place: { kvHeads: number; headDim: number; codec: Codec; table: Float32Array; threads: number | undefined }
+  readonly #place: CodedPlace
   /** [kvHeads] squared distances to the centroids; [kvHeads][headDim] sums of rows, their squares, and weights. */
   readonly #lost: Float64Array
   readonly #sums: Float64Array
   readonly #squares: Float64Array
   readonly #weights: Float64Array
 
-  /** @param place `table`: float32 [kvHeads][groups][centroids][groupChannels] */
-  constructor(place: { kvHeads: number; headDim: number; codec: Codec; table: Float32Array; threads?: number | undefined }) {
-    this.#place = { threads: undefined, ...place }
+  constructor(place: CodedPlace) {
+    this.#place = place
     const channels = place.kvHeads * place.headDim
     this.#lost = new Float64Array(place.kvHeads)
     this.#sums = new Float64Array(channels)
@@ -26,23 +35,25 @@ export class CodedError {
   }
 
   /**
-   * @param weights of groups, [tokens][kvHeads] or [tokens][kvHeads][groups]; undefined: all alike
+   * @param weights [tokens][kvHeads], or those of groups for each of their channels, [tokens][kvHeads][headDim]; undefined: all alike
    */
   async add({ rows, weights }: SideActivations, tokens: number, signal?: AbortSignal): Promise<void> {
-    const { kvHeads, headDim, codec, table, threads } = this.#place
+    const { kvHeads, headDim, parts, table, threads } = this.#place
     const width = kvHeads * headDim
     for (let first = 0; first < tokens; first += sliceTokens) {
       const count = Math.min(sliceTokens, tokens - first)
       const slice = rows.subarray(first * width, (first + count) * width)
-      const call = { codec, tokens: count, kvHeads, headDim, tables: table, threads, signal }
-      const decoded = await decode(await encode(slice, call), call)
+      const decoded = new Float32Array(slice.length)
+      let at = 0
+      for (const { firstHead, heads, codec } of parts) {
+        const tables = table.subarray(at, at += heads * headDim * codec.centroids)
+        const call = { codec, tokens: count, kvHeads: heads, headDim, tables, tokenStride: width, threads, signal }
+        const codes = await encode(slice.subarray(firstHead * headDim), call)
+        await decode(codes, { ...call, out: decoded.subarray(firstHead * headDim) })
+      }
       const weightWidth = weights ? weights.length / tokens : 0
       this.#accumulate(slice, decoded, weights?.subarray(first * weightWidth, (first + count) * weightWidth))
     }
-  }
-
-  get groupChannels(): number {
-    return this.#place.codec.groupChannels
   }
 
   /** Of all heads: 0 when nothing is lost, 1 when centroids are no better than the mean; 0 for rows that are all alike. */

@@ -1,8 +1,11 @@
 import { requireCallOptions, requireObject, resultArray } from '../arguments'
 import { Codebook } from '../codebook'
-import { type Codec, codec as parseCodec } from '../codec'
+import type { CodebookShape, LearnedFrom } from '../codebook-metadata'
+import { readShape } from '../codebook-metadata'
+import type { Codec, HeadCodecsLike, LayerCodecs, SidePart } from '../codec'
+import { codec as parseCodec, sideParts } from '../codec'
 import type { DeviceOptions } from '../device'
-import { rangeError, throwExpected } from '../errors'
+import { throwExpected } from '../errors'
 import type { Side } from '../gradient/attention'
 import { sides } from '../gradient/attention'
 import { kmeans } from '../kmeans'
@@ -12,10 +15,12 @@ import type { SideActivations } from './sample'
 
 /** `device` is where centroids are learned; a text is run on the CPU in any case. */
 export interface LearnOptions extends CommonOptions, DeviceOptions {
-  /** Such as `'cq-8c8b'`, or one for each side. */
-  codec: string | Codec | { key: string | Codec; value: string | Codec }
+  /** Such as `'cq-8c8b'`, one for each side, or for every layer those of its parts, as `chooseCodecs` gives them. */
+  codec: string | Codec | { key: string | Codec; value: string | Codec } | readonly (readonly HeadCodecsLike[])[]
   /** Lloyd iterations at most. Default 100. */
   iterations?: number
+  /** How the codecs were chosen, for the codebook's metadata: what `chooseCodecs` says. */
+  chosen?: LearnedFrom['chosen'] | undefined
 }
 
 /** Shape of the rows of one layer and side. */
@@ -25,7 +30,7 @@ export interface SideShape {
   headDim: number
 }
 
-/** Centroids of one layer and side, float32 [kvHeads][groups][centroids][groupChannels]. */
+/** Of every layer and side, its parts one after another: float32 [heads][groups][centroids][groupChannels]. */
 export type LearnedTables = Record<Side, Float32Array[]>
 
 /**
@@ -44,8 +49,8 @@ export async function learnCodebook(captured: Captured, options: LearnOptions): 
 export interface LearnedSide {
   layer: number
   side: Side
-  codec: Codec
-  /** float32 [kvHeads][groups][centroids][groupChannels] */
+  parts: readonly SidePart[]
+  /** The parts one after another, float32 [heads][groups][centroids][groupChannels]. */
   table: Float32Array
   /** Whether somebody had it already. */
   known: boolean
@@ -57,31 +62,45 @@ export async function* learnSides(captured: Captured, options: LearnOptions,
   requireCallOptions(options)
   const { sample, model } = captured
   const { layers, kvHeads, headDim } = model.shape
-  const codecs = codecsOf(options.codec, headDim)
+  const codecs = codecsOf(options.codec, model.shape)
   const shape = { tokens: sample.tokensKept, kvHeads, headDim }
   for (let layer = 0; layer < layers; layer++) {
     for (const side of sides) {
       const place = 2 * layer + (side === 'key' ? 0 : 1)
       const report = (share: number) => options.onProgress?.({ phase: 'learn', done: place + share, total: 2 * layers })
-      const codec = codecs[side]
+      const parts = sideParts(codecs[layer]!, side)
       const known = await readKnown?.(layer, side)
-      const table = known ?? await learnTable(await sample.side(layer, side), { ...shape, codec }, options, report)
-      yield { layer, side, codec, table, known: known !== undefined }
+      const table = known ?? await learnParts(await sample.side(layer, side), { ...shape, parts }, options, report)
+      yield { layer, side, parts, table, known: known !== undefined }
       report(1)
     }
   }
 }
 
-/** Centroids of one side of a layer, float32 [kvHeads][groups][centroids][groupChannels]. */
-export async function learnTable(activations: SideActivations, { tokens, kvHeads, headDim, codec }: SideShape & { codec: Codec }, options: LearnOptions,
+/** Every part gets what one codec for all heads would have given it. */
+async function learnParts(activations: SideActivations, { parts, ...shape }: SideShape & { parts: readonly SidePart[] }, options: LearnOptions,
+  onShare: (share: number) => void): Promise<Float32Array> {
+  const table = new Float32Array(parts.reduce((sum, { heads, codec }) => sum + heads * shape.headDim * codec.centroids, 0))
+  let at = 0
+  for (const part of parts) {
+    const learned = await learnTable(activations, { ...shape, ...part }, options, (share) => { onShare((part.firstHead + share * part.heads) / shape.kvHeads) })
+    table.set(learned, at)
+    at += learned.length
+  }
+  return table
+}
+
+/** Centroids of some heads of one side of a layer, float32 [heads][groups][centroids][groupChannels]. */
+export async function learnTable(activations: SideActivations, place: SideShape & SidePart, options: Omit<LearnOptions, 'codec'>,
   onShare?: (share: number) => void): Promise<Float32Array> {
+  const { tokens, kvHeads, headDim, firstHead, heads, codec } = place
   const { iterations = 100, seed = 0, threads, signal, device, deviceIndex } = options
   const { groupChannels, centroids } = codec
   const groups = headDim / groupChannels
   const weights = groupWeights(activations.weights, { tokens, kvHeads, headDim }, groupChannels)
   const weightGroups = weights ? weights.length / (tokens * kvHeads) : 1
-  const result = await kmeans(activations.rows, {
-    problems: kvHeads * groups,
+  const result = await kmeans(activations.rows.subarray(firstHead * headDim), {
+    problems: heads * groups,
     points: tokens,
     channels: groupChannels,
     centroids,
@@ -97,7 +116,7 @@ export async function learnTable(activations: SideActivations, { tokens, kvHeads
       weightPointStride: kvHeads * weightGroups,
       weightSharing: groups / weightGroups,
     },
-    ...(weights && { weights }),
+    ...(weights && { weights: weights.subarray(firstHead * weightGroups) }),
     ...(threads !== undefined && { threads }),
     ...(signal && { signal }),
     ...(onShare && { onProgress: ({ done, total }) => { onShare(done / total) } }),
@@ -106,12 +125,12 @@ export async function learnTable(activations: SideActivations, { tokens, kvHeads
 }
 
 /** The codebook of tables that were learned from `captured`. */
-export function codebookOf({ model, weights, tokens, text }: Captured, { codec, iterations = 100, seed = 0 }: LearnOptions, tables: LearnedTables): Codebook {
+export function codebookOf({ model, weights, tokens, text }: Captured, options: LearnOptions, tables: LearnedTables): Codebook {
+  const { iterations = 100, seed = 0, chosen } = options
   const { kvHeads, headDim, rotary } = model.shape
-  const codecs = codecsOf(codec, headDim)
   return Codebook.fromTables({
-    keyTables: tables.key, valueTables: tables.value, keyCodec: codecs.key, valueCodec: codecs.value, kvHeads, headDim,
-    metadata: { formatVersion: 1, rotary, model: model.fingerprint, learned: { weights, iterations, seed: String(seed), tokens, text } },
+    keyTables: tables.key, valueTables: tables.value, codecs: codecsOf(options.codec, model.shape), kvHeads, headDim,
+    metadata: { rotary, model: model.fingerprint, learned: { weights, iterations, seed: String(seed), tokens, text, ...(chosen && { chosen }) } },
   })
 }
 
@@ -125,16 +144,32 @@ export function groupWeights(weights: Float32Array | undefined, { tokens, kvHead
   return sums
 }
 
-/** @throws {RangeError} `ERR_COUPLET_INVALID_ARGUMENT` for a codec whose groups do not divide headDim */
-export function codecsOf(given: LearnOptions['codec'] | null, headDim: number): Record<Side, Codec> {
-  const parse = (like: string | Codec): Codec => {
-    const codec = parseCodec(like)
-    if (headDim % codec.groupChannels !== 0)
-      throw rangeError(`Expected a codec whose group channels divide headDim ${headDim} but received "${codec.name}"`)
-    return codec
+/** The weight of its group for every channel: float32 [tokens][kvHeads][headDim]. Weights of heads stay as they are. */
+export function spreadWeights(weights: Float32Array | undefined, shape: SideShape, parts: readonly SidePart[]): Float32Array | undefined {
+  const { tokens, kvHeads, headDim } = shape
+  if (weights === undefined || weights.length === tokens * kvHeads) return weights
+  const spread = resultArray(undefined, Float32Array, weights.length)
+  const channelsOf = parts.flatMap(({ heads, codec }) => Array.from({ length: heads }, () => codec.groupChannels))
+  for (let row = 0; row < tokens * kvHeads; row++) {
+    const channels = channelsOf[row % kvHeads]!
+    for (let first = row * headDim; first < (row + 1) * headDim; first += channels) {
+      let sum = 0
+      for (let channel = first; channel < first + channels; channel++) sum += weights[channel]!
+      spread.fill(sum, first, first + channels)
+    }
   }
-  if (given === null) throwExpected('a codec', 'codec', given)
-  if (typeof given === 'object' && 'key' in given) return { key: parse(given.key), value: parse(given.value) }
-  const both = parse(given)
-  return { key: both, value: both }
+  return spread
+}
+
+/** @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT` for codecs that do not fit the model */
+export function codecsOf(given: LearnOptions['codec'] | null | undefined, { layers, kvHeads, headDim }: Omit<CodebookShape, 'codecs'>): LayerCodecs {
+  if (given === null || given === undefined) throwExpected('a codec', 'codec', given)
+  const shape = { layers, kvHeads, headDim }
+  if (isByPart(given)) return readShape({ ...shape, codecs: given }).codecs
+  const { key, value } = typeof given === 'object' && 'key' in given ? given : { key: given, value: given }
+  return readShape({ ...shape, keyCodec: parseCodec(key), valueCodec: parseCodec(value) }).codecs
+}
+
+function isByPart(codec: LearnOptions['codec']): codec is readonly (readonly HeadCodecsLike[])[] {
+  return Array.isArray(codec)
 }

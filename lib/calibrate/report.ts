@@ -1,6 +1,6 @@
 /** What a calibration says of itself: what codes lose on text that nothing was learned from, where, and what to doubt. */
 import type { Codebook } from '../codebook'
-import type { Codec } from '../codec'
+import type { SidePart } from '../codec'
 import { measure } from '../evaluate'
 import type { Side } from '../gradient/attention'
 import { sides } from '../gradient/attention'
@@ -8,8 +8,8 @@ import { DecoderModel } from '../onnx/model'
 import type { Captured, CommonOptions, WeightKind } from './capture'
 import { runForward } from './capture'
 import { CodedError } from './error'
-import { groupWeights } from './learn'
-import type { Activations, LayerRows, SideActivations } from './sample'
+import { spreadWeights } from './learn'
+import type { Activations, LayerRows } from './sample'
 
 /**
  * Squared error of codes as a share of the variance of what they code (0: nothing is lost; 1: as if every token had the mean), by the
@@ -88,7 +88,7 @@ const unlike = 1.25
 const suffers = 1.5
 
 interface MeasuredSide {
-  codec: Codec
+  parts: readonly SidePart[]
   table: Float32Array
   error: LayerError
   /** Without weights; of the tokens held out. */
@@ -107,19 +107,20 @@ export class Reporter {
   }
 
   /** Layers in ascending order. */
-  async add({ layer, side, codec, table }: { layer: number; side: Side; codec: Codec; table: Float32Array }): Promise<void> {
+  async add({ layer, side, parts, table }: { layer: number; side: Side; parts: readonly SidePart[]; table: Float32Array }): Promise<void> {
     const { sample, heldOut } = this.#captured
     const measured = async (of: Activations, weighted: boolean) => {
       const { rows, weights } = await of.side(layer, side)
-      const error = this.#emptyError(codec, table)
-      await this.#accumulate(error, { rows, weights: weighted ? weights : undefined }, of.tokensKept)
+      const error = this.#emptyError(parts, table)
+      await error.add({ rows, weights: weighted ? spreadWeights(weights, { tokens: of.tokensKept, ...this.#captured.model.shape }, parts) : undefined },
+        of.tokensKept, this.#options.signal)
       return error
     }
     const learned = await measured(sample, true)
     const judged = heldOut && await measured(heldOut, true)
     const plain = heldOut && (this.#captured.weights === 'uniform' ? judged : await measured(heldOut, false))
     const error = { learned: learned.share, ...(judged && { heldOut: judged.share }), heads: (judged ?? learned).headShares }
-    this.#measured[side].push({ codec, table, error, plain: plain?.share })
+    this.#measured[side].push({ parts, table, error, plain: plain?.share })
   }
 
   /**
@@ -131,7 +132,8 @@ export class Reporter {
     const { key, value } = this.#measured
     const distance = evalChunks && heldOut ? await this.#distance(full, evalChunks) : undefined
     const [expected, evaluation] = await this.#predict(codebook, full, [predictable(heldOutChunks), predictable(evalChunks ?? [])])
-    const points = (measured: readonly MeasuredSide[]) => sample.tokensKept / Math.max(...measured.map(({ codec }) => codec.centroids))
+    const centroids = (measured: readonly MeasuredSide[]) => measured.flatMap(({ parts }) => parts.map(({ codec }) => codec.centroids))
+    const points = (measured: readonly MeasuredSide[]) => sample.tokensKept / Math.max(...centroids(measured))
     const report: Omit<CalibrationReport, 'warnings'> = {
       codec: { key: codebook.keyCodec?.name ?? 'mixed', value: codebook.valueCodec?.name ?? 'mixed' },
       weights,
@@ -148,13 +150,14 @@ export class Reporter {
   }
 
   async #distance(model: DecoderModel, texts: readonly (readonly number[])[]): Promise<number> {
-    const errors = sides.flatMap((side) => this.#measured[side].map(({ codec, table, plain }, layer) =>
-      ({ layer, side, plain: plain!, error: this.#emptyError(codec, table) })))
+    const errors = sides.flatMap((side) => this.#measured[side].map(({ parts, table, plain }, layer) =>
+      ({ layer, side, plain: plain!, error: this.#emptyError(parts, table) })))
     for (const tokens of texts) {
       const { rows } = await runForward(model, tokens, 'uniform', this.#options.signal)
       for (const { layer, side, error } of errors) {
         const { kvHeads, headDim } = model.shape
-        await this.#accumulate(error, { rows: contiguous(rows[side][layer]!, tokens.length, kvHeads * headDim), weights: undefined }, tokens.length)
+        const given = { rows: contiguous(rows[side][layer]!, tokens.length, kvHeads * headDim), weights: undefined }
+        await error.add(given, tokens.length, this.#options.signal)
       }
     }
     const heldOut = mean(errors.map(({ plain }) => plain))
@@ -181,13 +184,9 @@ export class Reporter {
     return exact.map((one, i) => one && { tokens: one.tokens, full: figures(one.loss), coded: figures(coded[i]!.loss) })
   }
 
-  #emptyError(codec: Codec, table: Float32Array): CodedError {
+  #emptyError(parts: readonly SidePart[], table: Float32Array): CodedError {
     const { kvHeads, headDim } = this.#captured.model.shape
-    return new CodedError({ kvHeads, headDim, codec, table, threads: this.#options.threads })
-  }
-
-  async #accumulate(error: CodedError, { rows, weights }: SideActivations, tokens: number): Promise<void> {
-    await error.add({ rows, weights: groupWeights(weights, { tokens, ...this.#captured.model.shape }, error.groupChannels) }, tokens, this.#options.signal)
+    return new CodedError({ kvHeads, headDim, parts, table, threads: this.#options.threads })
   }
 }
 

@@ -3,9 +3,10 @@ import { dirname, resolve } from 'node:path'
 import { Command, InvalidArgumentError, Option } from 'commander'
 import { calibrate, type CalibrationProgress, type CalibrationReport, type PredictedText, type TextInput, type WeightKind } from '../calibrate'
 import { removeCheckpoint } from '../calibrate/checkpoint'
+import type { Codebook } from '../codebook'
 import type { DeviceName } from '../device'
 import { writeAtomically } from '../files'
-import { codecName, deviceIndexOption, deviceOption, integer, lengthOption, modelOption, seedOption, threadsOption } from './options'
+import { codecName, deviceIndexOption, deviceOption, integer, lengthOption, modelOption, positiveNumber, seedOption, threadsOption } from './options'
 import { Progress } from './progress'
 
 interface Flags {
@@ -13,7 +14,13 @@ interface Flags {
   text: string[]
   evalText?: string[]
   length: number
-  codec: string
+  codec?: string
+  bits?: number
+  candidates?: string[]
+  per?: 'head' | 'layer'
+  measure?: 'divergence' | 'fisher'
+  sinks?: number
+  window?: number
   weights: WeightKind
   gradients?: string
   points: number
@@ -28,7 +35,9 @@ interface Flags {
   deviceIndex: number
 }
 
-const titles: Record<CalibrationProgress['phase'], string> = { capture: 'running the text', learn: 'learning centroids', predict: 'judging' }
+const titles: Record<CalibrationProgress['phase'], string> = {
+  capture: 'running the text', choose: 'trying codecs', learn: 'learning centroids', predict: 'judging',
+}
 
 export function calibrateCommand(signal: AbortSignal): Command {
   return new Command('calibrate')
@@ -37,7 +46,13 @@ export function calibrateCommand(signal: AbortSignal): Command {
     .addOption(textOption('--text <file>', 'text to learn from, UTF-8; more than once for several, - for standard input').makeOptionMandatory())
     .addOption(textOption('--eval-text <file>', 'text such as the codebook will meet: how far it is from the other, and what codes cost on it'))
     .addOption(lengthOption())
-    .addOption(new Option('--codec <name>', 'cq-<c>c<b>b: c channels share a code of b bits').default('cq-8c8b').argParser(codecName))
+    .addOption(new Option('--codec <name>', 'cq-<c>c<b>b: c channels share a code of b bits (default: cq-8c8b)').argParser(codecName).conflicts('bits'))
+    .addOption(new Option('--bits <number>', 'in place of --codec: of codes by channel; chooses by layer, side and kv head').argParser(positiveNumber))
+    .addOption(new Option('--candidates <names>', 'with --bits: codecs to choose from').argParser((names: string) => names.split(',').map(codecName)))
+    .addOption(new Option('--per <unit>', 'with --bits: whether kv heads of a layer may differ (default: head)').choices(['head', 'layer']))
+    .addOption(new Option('--measure <kind>', 'with --bits: by runs of the model or fisher weights (default: divergence)').choices(['divergence', 'fisher']))
+    .addOption(new Option('--sinks <tokens>', 'with --bits: as the codebook will be used (default: 4)').argParser(integer(0)))
+    .addOption(new Option('--window <tokens>', 'with --bits: as the codebook will be used (default: 32)').argParser(integer(0)))
     .addOption(new Option('--weights <kind>', 'importance of a token').choices(['uniform', 'attention', 'fisher']).default('attention'))
     .option('--gradients <file>', 'for fisher weights: gradients of this text, computed elsewhere (docs/gradients.md)')
     .addOption(new Option('--points <count>', 'tokens kept for learning, a uniform sample').default(32768).argParser(integer(1)))
@@ -52,11 +67,17 @@ export function calibrateCommand(signal: AbortSignal): Command {
     .addOption(deviceIndexOption())
     .action(async (flags: Flags) => {
       const progress = new Progress()
-      const { text, evalText, out, report: reportFile, checkpoint = `${out}.checkpoint`, ...rest } = flags
+      const { text, evalText, out, report: reportFile, checkpoint = `${out}.checkpoint`, ...others } = flags
+      const { codec = 'cq-8c8b', bits, candidates, per, measure, sinks, window, ...rest } = others
+      const choose = { candidates, per, measure, sinks, window }
+      if (bits === undefined && Object.values(choose).some((given) => given !== undefined)) {
+        throw new Error('--candidates, --per, --measure, --sinks and --window go with --bits')
+      }
       try {
         for (const file of [out, reportFile ?? out]) await access(dirname(resolve(file)), constants.W_OK) // said before hours of learning, not after
         const { codebook, report } = await calibrate({
           ...rest,
+          ...(bits === undefined ? { codec } : { bits, choose }),
           text: inputs(text),
           ...(evalText && { evalText: inputs(evalText) }),
           checkpoint,
@@ -68,12 +89,26 @@ export function calibrateCommand(signal: AbortSignal): Command {
         if (reportFile !== undefined) await writeAtomically(reportFile, [new TextEncoder().encode(`${JSON.stringify(report, null, 2)}\n`)])
         await removeCheckpoint(checkpoint)
         console.log(`${out}: ${codecNames(report)}, ${codebook.layers} layers, ${codebook.kvHeads} kv heads, headDim ${codebook.headDim}`)
+        printChoice(codebook)
         print(report)
         codebook.dispose()
       } finally {
         progress.stop()
       }
     })
+}
+
+function printChoice({ codecs, metadata: { learned } }: Codebook): void {
+  if (!learned?.chosen) return
+  const { budget, bits, loss } = learned.chosen
+  console.log(`bits            ${bits.toFixed(3)} of ${budget} by channel for codes; divergence expected ${loss.toPrecision(2)}`)
+  codecs.forEach((parts, layer) => {
+    const lines = parts.map(({ firstHead, heads, keyCodec, valueCodec }) => {
+      const place = parts.length === 1 ? '' : heads === 1 ? `head ${firstHead} ` : `heads ${firstHead} to ${firstHead + heads - 1} `
+      return `${place}keys ${keyCodec.name}, values ${valueCodec.name}`
+    })
+    console.log(`layer ${layer}${' '.repeat(Math.max(1, 10 - String(layer).length))}${lines.join('; ')}`)
+  })
 }
 
 function textOption(flags: string, description: string): Option {

@@ -116,6 +116,7 @@ describe('samples of activations', () => {
 describe('coded error', () => {
   const [kvHeads, headDim, tokens] = [2, 16, 1100]
   const codec = parseCodec('cq-8c2b')
+  const parts = [{ firstHead: 0, heads: 2, codec }]
   const noise = (length: number, seed: number) => Float32Array.from({ length }, (_, i) => Math.sin((i + 1) * seed * 12.9898) + Math.cos(i * 78.233 + seed))
   const table = noise(kvHeads * 2 * 4 * 8, 3)
   const rows = noise(tokens * kvHeads * headDim, 1).map((x, i) => x + (i % headDim))
@@ -149,7 +150,7 @@ describe('coded error', () => {
 
   it('is the lost share of the variance, without weights, and with weights of heads or groups', async () => {
     const measure = async (weights: Float32Array | undefined) => {
-      const error = new CodedError({ kvHeads, headDim, codec, table, threads: 1 })
+      const error = new CodedError({ kvHeads, headDim, parts, table, threads: 1 })
       const cut = 700 // in two pieces, as chunks come
       const split = (array: Float32Array | undefined, from: number, to: number) => array?.subarray(array.length / tokens * from, array.length / tokens * to)
       await error.add({ rows: split(rows, 0, cut)!, weights: split(weights, 0, cut) }, cut)
@@ -164,10 +165,10 @@ describe('coded error', () => {
   })
 
   it('is 0 where rows are centroids, or all alike', async () => {
-    const exact = new CodedError({ kvHeads, headDim, codec, table: new Float32Array(table.length), threads: 1 })
+    const exact = new CodedError({ kvHeads, headDim, parts, table: new Float32Array(table.length), threads: 1 })
     await exact.add({ rows: new Float32Array(rows.length), weights: undefined }, tokens)
     assert.deepEqual([exact.share, exact.headShares], [0, [0, 0]])
-    const one = new CodedError({ kvHeads, headDim, codec, table, threads: 1 })
+    const one = new CodedError({ kvHeads, headDim, parts, table, threads: 1 })
     await one.add({ rows: Float32Array.from({ length: 4 * kvHeads * headDim }, (_, i) => {
       const [token, head, channel] = [Math.floor(i / 32), Math.floor(i / 16) % 2, i % 16]
       return table[((head * 2 + Math.floor(channel / 8)) * 4 + token) * 8 + channel % 8]!

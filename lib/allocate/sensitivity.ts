@@ -1,0 +1,182 @@
+/** What coding one side of one kv head of one layer costs, at each codec, while all else is exact. */
+import { learnTable } from '../calibrate/learn'
+import type { Captured, CommonOptions } from '../calibrate/capture'
+import type { Codec } from '../codec'
+import { decode, encode } from '../codes'
+import type { DeviceOptions } from '../device'
+import { rangeError } from '../errors'
+import { sides } from '../gradient/attention'
+import type { Side } from '../gradient/attention'
+import { Capture } from '../onnx/capture'
+import type { ReferenceBatch } from './divergence'
+import { DivergenceModel } from './divergence'
+
+export interface SensitivityOptions extends CommonOptions, DeviceOptions {
+  candidates: readonly Codec[]
+  /** `divergence`: by running the model on the chunks held out; `fisher`: by squared gradients of the tokens held out. */
+  measure: 'divergence' | 'fisher'
+  /** Tokens that will be in full precision. */
+  sinks: number
+  window: number
+  iterations?: number | undefined
+}
+
+/** Of one side of one kv head of one layer. */
+export interface Sensitivity {
+  layer: number
+  side: 'key' | 'value'
+  head: number
+  /** One for each candidate, in natural logarithms a token. */
+  losses: number[]
+}
+
+/** Losses of all layers, sides and heads, layer by layer. Tables are learned for every candidate and dropped again. */
+export async function measureSensitivity(captured: Captured, options: SensitivityOptions): Promise<Sensitivity[]> {
+  const { sample, model } = captured
+  const { layers, kvHeads, headDim } = model.shape
+  const { candidates, iterations, seed, threads, signal, device, deviceIndex, onProgress } = options
+  const learning = { iterations, seed, threads, signal, device, deviceIndex }
+  using judge = options.measure === 'fisher' ? new FisherJudge(captured) : await DivergenceJudge.open(captured, options)
+  const found: Sensitivity[] = []
+  const total = layers * sides.length * candidates.length
+  for (let layer = 0; layer < layers; layer++) {
+    for (const side of sides) {
+      const activations = await sample.side(layer, side)
+      const rows = await judge.rows(layer, side)
+      const losses = Array.from({ length: kvHeads }, (): number[] => [])
+      for (const [index, codec] of candidates.entries()) {
+        const shape = { codec, kvHeads, headDim, threads, signal }
+        const tables = await learnTable(activations, { tokens: sample.tokensKept, kvHeads, headDim, firstHead: 0, heads: kvHeads, codec }, defined(learning))
+        const tokens = rows.length / kvHeads / headDim
+        const coded = await decode(await encode(rows, { ...shape, tokens, tables }), { ...shape, tokens, tables })
+        const errors = coded.map((value, i) => value - rows[i]!)
+        for (let head = 0; head < kvHeads; head++) losses[head]!.push(await judge.loss({ layer, side, head, errors }))
+        onProgress?.({ phase: 'choose', done: (layer * sides.length + sides.indexOf(side)) * candidates.length + index + 1, total })
+      }
+      losses.forEach((own, head) => { found.push({ layer, side, head, losses: own }) })
+    }
+  }
+  return found
+}
+
+/** Without members that are undefined. */
+function defined<Options extends object>(options: Options): { [Name in keyof Options]: Exclude<Options[Name], undefined> } {
+  return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined)) as never
+}
+
+function tooShort(): RangeError {
+  return rangeError('Expected a text of which chunks can be held out, to measure codecs on, but received one that is too short')
+}
+
+interface CodedHead {
+  layer: number
+  side: Side
+  head: number
+  /** Of all heads: float32 [tokens][kvHeads][headDim]. */
+  errors: Float32Array
+}
+
+interface Judge extends Disposable {
+  /** What is coded: float32 [tokens][kvHeads][headDim]. */
+  rows(layer: number, side: Side): Promise<Float32Array>
+  loss(coded: CodedHead): Promise<number>
+}
+
+/** A chunk with its exact keys and values, float32 [tokens][layers][kvHeads][headDim]. */
+interface ReferenceRows {
+  reference: ReferenceBatch
+  key: Float32Array
+  value: Float32Array
+}
+
+/** KL divergence from the full-precision logits of the chunks that were held out. */
+class DivergenceJudge implements Judge {
+  readonly #model: DivergenceModel
+  readonly #batches: readonly ReferenceRows[]
+  readonly #tokens: number
+  readonly #signal: AbortSignal | undefined
+
+  private constructor(model: DivergenceModel, batches: readonly ReferenceRows[], signal: AbortSignal | undefined) {
+    this.#model = model
+    this.#batches = batches
+    this.#tokens = batches.reduce((sum, { reference }) => sum + reference.texts[0]!.length, 0)
+    this.#signal = signal
+  }
+
+  static async open({ model, heldOutChunks }: Captured, { sinks, window, threads, signal }: SensitivityOptions): Promise<DivergenceJudge> {
+    if (heldOutChunks.length === 0) throw tooShort()
+    const batches: ReferenceRows[] = []
+    for (const tokens of heldOutChunks) {
+      using sequence = model.sequence()
+      using capture = new Capture({ model, points: tokens.length, weights: 'uniform' })
+      const { logits } = await model.run([{ sequence, tokens }], { capture, ...(signal && { signal }) })
+      batches.push({ reference: { texts: [tokens], logits }, key: capture.keys, value: capture.values })
+    }
+    return new DivergenceJudge(await DivergenceModel.load(model.file, { sinks, window, threads }), batches, signal)
+  }
+
+  /** Of all chunks, one after another. */
+  rows(layer: number, side: Side): Promise<Float32Array> {
+    const { layers, kvHeads, headDim } = this.#model.shape
+    const width = kvHeads * headDim
+    const rows = new Float32Array(this.#tokens * width)
+    let at = 0
+    for (const { reference: { texts }, [side]: data } of this.#batches) {
+      for (let token = 0; token < texts[0]!.length; token++, at += width) {
+        rows.set(data.subarray((token * layers + layer) * width, (token * layers + layer + 1) * width), at)
+      }
+    }
+    return Promise.resolve(rows)
+  }
+
+  async loss({ layer, side, head, errors }: CodedHead): Promise<number> {
+    const { kvHeads, headDim } = this.#model.shape
+    const width = kvHeads * headDim
+    let sum = 0
+    let first = 0
+    for (const { reference } of this.#batches) {
+      const tokens = reference.texts[0]!.length
+      const own = new Float32Array(tokens * width)
+      for (let at = head * headDim; at < own.length; at += width) own.set(errors.subarray(first + at, first + at + headDim), at)
+      sum += tokens * await this.#model.run(reference, [{ layer, side, errors: own }], this.#signal)
+      first += tokens * width
+    }
+    return sum / this.#tokens
+  }
+
+  [Symbol.dispose](): void {
+    this.#model.dispose()
+  }
+}
+
+/** Half the sum of squared gradients times squared errors: the divergence to second order, channels taken alone, as if no token were kept in full precision. */
+class FisherJudge implements Judge {
+  readonly #captured: Captured
+  #weights = new Float32Array(0)
+
+  constructor(captured: Captured) {
+    if (captured.weights !== 'fisher') throw rangeError(`Expected fisher weights to estimate by but received "${captured.weights}"`)
+    if (captured.heldOut === undefined) throw tooShort()
+    this.#captured = captured
+  }
+
+  async rows(layer: number, side: Side): Promise<Float32Array> {
+    const { rows, weights } = await this.#captured.heldOut!.side(layer, side)
+    const elements = this.#captured.heldOut!.tokensKept * this.#captured.model.shape.kvHeads * this.#captured.model.shape.headDim
+    this.#weights = weights!.slice(0, elements)
+    return rows.slice(0, elements)
+  }
+
+  loss({ head, errors }: CodedHead): Promise<number> {
+    const { kvHeads, headDim } = this.#captured.model.shape
+    let sum = 0
+    for (let at = head * headDim; at < errors.length; at += kvHeads * headDim) {
+      for (let channel = at; channel < at + headDim; channel++) sum += errors[channel]! ** 2 * this.#weights[channel]!
+    }
+    return Promise.resolve((sum / 2) * kvHeads * headDim / errors.length)
+  }
+
+  [Symbol.dispose](): void {
+    this.#weights = new Float32Array(0)
+  }
+}

@@ -1,6 +1,6 @@
 import { readFile } from 'node:fs/promises'
 import { basename, resolve } from 'node:path'
-import { Command } from 'commander'
+import { Command, Option } from 'commander'
 import { tokenIds } from '../calibrate/text'
 import { Codebook } from '../codebook'
 import { meanBits } from '../codec'
@@ -9,7 +9,7 @@ import { evaluate, type Evaluation } from '../evaluate'
 import { type QualityPoint, type QualitySubject, readQualityResults, textHash } from '../inspect/quality'
 import { qualityPage } from '../inspect/quality-page'
 import { openDecoder } from '../onnx/decoder'
-import { deviceIndexOption, deviceOption, lengthOption, modelOption, sinksOption, threadsOption, windowOption } from './options'
+import { deviceIndexOption, deviceOption, integer, lengthOption, modelOption, sinksOption, threadsOption, windowOption } from './options'
 import { checkPage, writePage } from './page'
 import { Progress } from './progress'
 
@@ -26,6 +26,7 @@ interface Flags {
   json?: boolean
   report?: string
   results?: string[]
+  sharedBy?: number
 }
 
 /** One of the evaluations of a call. */
@@ -34,6 +35,8 @@ interface Measured extends Evaluation {
   name: string
   /** Of a code, by channel; undefined in full precision. */
   codeBits?: number
+  /** bitsPerChannel and the codebook's share of the tokens of --shared-by. */
+  bitsWithCodebook?: number
 }
 
 export function evaluateCommand(signal: AbortSignal): Command {
@@ -50,6 +53,7 @@ export function evaluateCommand(signal: AbortSignal): Command {
     .addOption(deviceIndexOption())
     .option('--report <file>', 'draw perplexity by bits on this page (HTML), beside that in full precision')
     .option('--results <files...>', 'with --report: figures of other methods on this text, as npm run bench:quality writes them')
+    .addOption(new Option('--shared-by <tokens>', 'count the codebook as well, shared by so many tokens of all sequences').argParser(integer(1)))
     .option('--json', 'print one JSON object, or an array of them for several codebooks or with --report')
     .action(async (flags: Flags, command: Command) => {
       const { report, results = [], codebooks = [] } = flags
@@ -89,21 +93,29 @@ async function measure(file: string | undefined, tokens: ArrayLike<number>, flag
       ...(codebook && { codebook }),
       onProgress: (done, total) => { progress.update(`predicting, ${name}`, done, total) },
     })
-    return { name, ...evaluation, ...(codebook && { codeBits: meanBits(codebook.codecs) }) }
+    const shared = codebook && flags.sharedBy !== undefined && { bitsWithCodebook: bitsWithCodebook(evaluation, codebook, flags.sharedBy) }
+    return { name, ...evaluation, ...(codebook && { codeBits: meanBits(codebook.codecs) }), ...shared }
   } finally {
     codebook?.dispose()
   }
+}
+
+function bitsWithCodebook({ bitsPerChannel, codebookBytes }: Evaluation, { layers, kvHeads, headDim }: Codebook, tokens: number): number {
+  return bitsPerChannel + codebookBytes * 8 / (tokens * layers * 2 * kvHeads * headDim)
 }
 
 function bare({ name: _name, codeBits: _codeBits, ...evaluation }: Measured): Evaluation {
   return evaluation
 }
 
-function print({ name, perplexity, tokens, bitsPerToken, bitsPerChannel, bytesPerToken, codebookBytes }: Measured, { length }: Flags, isNamed: boolean): void {
+function print(measured: Measured, { length, sharedBy }: Flags, isNamed: boolean): void {
+  const { name, perplexity, tokens, bitsPerToken, codeBits, bitsPerChannel, bitsWithCodebook, bytesPerToken, codebookBytes } = measured
   if (isNamed) console.log(`${name}:`)
   console.log(`perplexity             ${perplexity.toFixed(4)}  (${tokens} tokens)`)
   console.log(`bits per token         ${bitsPerToken.toFixed(4)}`)
+  if (codeBits !== undefined) console.log(`bits of codes          ${codeBits.toFixed(3)}`)
   console.log(`bits per channel       ${bitsPerChannel.toFixed(3)}  (codes, padding, sinks and window of a chunk of ${length})`)
+  if (bitsWithCodebook !== undefined) console.log(`bits with codebook     ${bitsWithCodebook.toFixed(3)}  (shared by ${sharedBy} tokens)`)
   console.log(`cache bytes per token  ${bytesPerToken.toFixed(0)}`)
   console.log(`codebook in memory     ${codebookBytes} bytes, shared by all sequences${isNamed ? '\n' : ''}`)
 }

@@ -46,6 +46,32 @@ describe('plan', () => {
     })
   }
 
+  it('mixed codecs: likewise, by the codebook', () => {
+    const layers = [
+      { keyTable: new Float32Array(2 * 32 * 256), valueTable: new Float32Array(2 * 32 * 8), codecs: [{ keyCodec: '8c8b', valueCodec: '4c3b' }] },
+      {
+        keyTable: new Float32Array(32 * (4 + 1024)), valueTable: new Float32Array(2 * 32 * 256),
+        codecs: [{ heads: 1, keyCodec: '2c2b', valueCodec: '16c8b' }, { heads: 1, keyCodec: '32c10b', valueCodec: '16c8b' }],
+      },
+    ]
+    using codebook = Codebook.fromTables({
+      keyTables: layers.map(({ keyTable }) => keyTable), valueTables: layers.map(({ valueTable }) => valueTable),
+      codecs: layers.map(({ codecs }) => codecs), kvHeads: 2, headDim: 32,
+    })
+    using cache = new Cache({ codebook, queryHeads: 2, sinks: 4, window: 32, threads: 1 })
+    append(cache, [cache.sequence()], 1000)
+    const { pageBytes, rawBytes, codebookBytes, bitsPerChannel } = cache.statistics()
+    const { name, ...planned } = only(plan({ ...shape, context: 1000, sequences: 1, codecs: [], codebooks: [codebook] }))
+    // 2 heads of 1 and of 3/4 bits; heads of 1 and of 10/32 bits, with values of 1/2.
+    assert.equal(name, 'mixed-0.727')
+    const totalBytes = pageBytes + rawBytes + codebookBytes
+    assert.deepEqual(planned, { pageBytes, rawBytes, codebookBytes, bitsPerChannel, totalBytes, longestContext: undefined })
+    using other = codebookOf('cq-8c8b')
+    assert.equal(only(plan({ ...shape, context: 1, codebooks: [other] })).name, 'cq-8c8b')
+    assert.throws(() => plan({ ...shape, kvHeads: 4, context: 1, codebooks: [other] }), { code: 'ERR_COUPLET_CODEBOOK_MISMATCH' })
+    assert.throws(() => plan({ ...shape, context: 1, codebooks: ['file' as never] }), { code: 'ERR_COUPLET_INVALID_ARGUMENT' })
+  })
+
   it('the longest context is what a cache with that memory reaches, token by token', () => {
     using codebook = codebookOf('cq-8c8b')
     const { codebookBytes } = only(plan({ ...shape, context: 1, codecs: ['cq-8c8b'] }))

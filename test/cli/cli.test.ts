@@ -55,6 +55,28 @@ describe('the couplet command', function () {
     assert.ok(written.out.length > 'The file \n'.length)
   })
 
+  it('chooses codecs for a budget, and counts what they take', () => {
+    const book = file('mixed.safetensors')
+    const common = ['calibrate', '--model', model, '--text', file('learn.txt'), '--length', '128', '--out', book]
+    const made = couplet(...common, '--bits', '0.5', '--candidates', '8c4b,16c4b,4c4b', '--measure', 'fisher', '--weights', 'fisher', '--iterations', '3')
+    assert.equal(made.code, 0, made.err)
+    assert.match(made.out, /^bits +0\.\d+ of 0\.5 by channel for codes; divergence expected 0\.\d+$/m)
+    assert.match(made.out, /^layer 3 +(head 0 )?keys cq-\d+c4b, values cq-\d+c4b/m)
+    const coded = couplet('eval', '--model', model, '--text', file('predict.txt'), '--length', '256', '--codebooks', book,
+      '--window', '0', '--sinks', '0', '--shared-by', '100000')
+    assert.equal(coded.code, 0, coded.err)
+    const figure = (title: string) => Number(new RegExp(`^${title} +([\\d.]+)`, 'm').exec(coded.out)?.[1])
+    assert.ok(figure('bits of codes') <= 0.5 && figure('bits of codes') > 0.4)
+    assert.equal(figure('bits per channel'), figure('bits of codes')) // whole pages
+    assert.equal(figure('bits with codebook'), Number((figure('bits per channel') + figure('codebook in memory') * 8 / 1e5 / 1024).toFixed(3)))
+    const planned = couplet('plan', '--model', model, '--context', '4096', '--codebooks', book)
+    assert.match(planned.out, /^mixed-0\.\d+ /m)
+    assert.equal(couplet(...common, '--bits', '1', '--codec', 'cq-8c8b').code, 2)
+    const alone = couplet(...common, '--measure', 'fisher')
+    assert.equal(alone.code, 1)
+    assert.match(alone.err, /go with --bits/)
+  })
+
   it('calibrates from several files and standard input, and reports', () => {
     const [book, report] = [file('several.safetensors'), file('report.json')]
     writeFileSync(file('second.txt'), readFileSync(file('learn.txt'), 'utf8').slice(1000, 3000))

@@ -64,13 +64,15 @@ export async function evaluate(options: EvaluateOptions): Promise<Evaluation> {
       const { layers, kvHeads, headDim } = model.shape
       const total = countChunks(tokens.length, length, 2)
       let done = 0
-      const { loss, bytesPerToken, ...rest } = await measure(model, chunks(tokens, length, 2), signal, () => onProgress?.(++done, total))
+      const measured = await measure(model, chunks(tokens, length, 2), signal, () => onProgress?.(++done, total))
+      const { loss, bytesPerToken, codebookBytes } = measured
       return {
         perplexity: Math.exp(loss),
         bitsPerToken: loss / Math.LN2,
         bitsPerChannel: (bytesPerToken * 8) / (layers * 2 * kvHeads * headDim),
         bytesPerToken,
-        ...rest,
+        codebookBytes,
+        tokens: measured.tokens,
       }
     } finally {
       model.dispose()
@@ -83,6 +85,8 @@ export async function evaluate(options: EvaluateOptions): Promise<Evaluation> {
 /** What the cache of the first chunk took, and the mean loss (natural logarithm) of the next tokens of all chunks, each of two or more tokens. */
 export interface MeasuredChunks {
   loss: number
+  /** Of each chunk. */
+  losses: number[]
   /** Tokens whose loss was counted. */
   tokens: number
   /** Bytes of the cache: of a token, and of the tables. */
@@ -91,7 +95,8 @@ export interface MeasuredChunks {
 }
 
 export async function measure(model: DecoderModel, texts: Iterable<readonly number[]>, signal?: AbortSignal, onChunk?: () => void): Promise<MeasuredChunks> {
-  let loss = 0
+  const losses: number[] = []
+  let total = 0
   let counted = 0
   let bytesPerToken = 0
   let codebookBytes = 0
@@ -100,16 +105,19 @@ export async function measure(model: DecoderModel, texts: Iterable<readonly numb
     sequence.reset()
     const { logits } = await model.run([{ sequence, tokens: chunk }], { prefill: 'coded', logits: 'all', ...(signal && { signal }) })
     const vocabulary = logits.length / chunk.length
+    let loss = 0
     for (let t = 1; t < chunk.length; t++) loss += crossEntropy(logits.subarray((t - 1) * vocabulary, t * vocabulary), chunk[t]!)
     if (counted === 0) {
       const statistics = model.cache.statistics()
       bytesPerToken = (statistics.pageBytes + statistics.rawBytes) / statistics.tokens
       codebookBytes = statistics.codebookBytes
     }
+    losses.push(loss / (chunk.length - 1))
+    total += loss
     counted += chunk.length - 1
     onChunk?.()
   }
-  return { loss: loss / counted, tokens: counted, bytesPerToken, codebookBytes }
+  return { loss: total / counted, losses, tokens: counted, bytesPerToken, codebookBytes }
 }
 
 /** -log softmax(logits)[target], in double precision. */

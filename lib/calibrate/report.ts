@@ -45,6 +45,8 @@ export interface PredictedText {
   full: { loss: number; perplexity: number }
   /** With the cache coded as `couplet eval` has it by default: a window of 32 tokens and 4 sinks. */
   coded: { loss: number; perplexity: number }
+  /** What codes add to the loss, as a mean over chunks, and its standard error; that is undefined for one chunk. */
+  added: { loss: number; standardError?: number }
 }
 
 export interface CalibrationWarning {
@@ -81,8 +83,8 @@ export interface CalibrationReport {
 /** Below this many points a centroid, more text pays (docs/calibration.md has the figures). */
 const enoughPoints = 64
 
-/** From this distance on a text counts as unlike. */
-const unlike = 1.25
+/** From this distance on a text counts as unlike; other texts of one kind were found at 1.2 (docs/calibration.md). */
+const unlike = 1.5
 
 /** From this many times the median error on a layer suffers; a head as well, when it has as many times the error of its layer. */
 const suffers = 1.5
@@ -181,7 +183,9 @@ export class Reporter {
     using model = await DecoderModel.load(file, { codebook, ...(threads !== undefined && { threads }) })
     const coded = await lossesBy(model)
     const figures = (loss: number) => ({ loss, perplexity: Math.exp(loss) })
-    return exact.map((one, i) => one && { tokens: one.tokens, full: figures(one.loss), coded: figures(coded[i]!.loss) })
+    return exact.map((one, i) => one && {
+      tokens: one.tokens, full: figures(one.loss), coded: figures(coded[i]!.loss), added: addedLoss(one.losses, coded[i]!.losses),
+    })
   }
 
   #emptyError(parts: readonly SidePart[], table: Float32Array): CodedError {
@@ -197,6 +201,13 @@ function meanError(measured: readonly MeasuredSide[]): SideError {
   const learned = mean(measured.map(({ error }) => error.learned))
   const heldOut = measured.map(({ error }) => error.heldOut)
   return heldOut.every((share) => share !== undefined) ? { learned, heldOut: mean(heldOut) } : { learned }
+}
+
+function addedLoss(exact: readonly number[], coded: readonly number[]): PredictedText['added'] {
+  const added = coded.map((loss, chunk) => loss - exact[chunk]!)
+  const loss = mean(added)
+  const { length } = added
+  return length === 1 ? { loss } : { loss, standardError: Math.sqrt(added.reduce((sum, one) => sum + (one - loss) ** 2, 0) / (length - 1) / length) }
 }
 
 function suffering(side: Side, layers: readonly LayerError[]): SufferingPlace[] {

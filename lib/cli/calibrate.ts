@@ -145,9 +145,11 @@ function print({ tokens, pointsPerCentroid, error, suffering, expected, evaluati
   for (const { message } of warnings) console.warn(`warning: ${message}`)
 }
 
-function prediction({ tokens, full, coded }: PredictedText): string {
+function prediction({ tokens, full, coded, added }: PredictedText): string {
   const change = coded.perplexity / full.perplexity - 1
-  return `perplexity ${full.perplexity.toFixed(3)} -> ${coded.perplexity.toFixed(3)} (${change < 0 ? '' : '+'}${percent(change)}; window 32, sinks 4; ${tokens} tokens)`
+  const error = added.standardError === undefined ? '' : ` ± ${(100 * added.standardError).toFixed(1)}`
+  const signed = `${change < 0 ? '' : '+'}${(100 * change).toFixed(1)}${error} %`
+  return `perplexity ${full.perplexity.toFixed(3)} -> ${coded.perplexity.toFixed(3)} (${signed}; window 32, sinks 4; ${tokens} tokens)`
 }
 
 function codecNames({ codec: { key, value } }: CalibrationReport): string {

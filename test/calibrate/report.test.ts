@@ -31,7 +31,8 @@ describe('the report of a calibration', function () {
     const heldOut = [5, 15, 25, 35].flatMap((chunk) => text.slice(chunk * 128, chunk * 128 + 128))
     const full = await evaluate({ model: tinyLlama, text: heldOut, length: 128, threads: 1 })
     const coded = await evaluate({ model: tinyLlama, text: heldOut, length: 128, codebook, threads: 1 })
-    const { tokens, ...losses } = report.expected!
+    const { tokens, added, ...losses } = report.expected!
+    assert.ok(Math.abs(added.loss - (losses.coded.loss - losses.full.loss)) < 1e-12 && added.standardError! > 0) // chunks of equal length
     assert.equal(tokens, full.tokens)
     assert.ok(Math.abs(losses.full.perplexity / full.perplexity - 1) < 1e-6)
     assert.ok(Math.abs(losses.coded.perplexity / coded.perplexity - 1) < 1e-6)

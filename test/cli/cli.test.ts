@@ -85,7 +85,7 @@ describe('the couplet command', function () {
     const { code, out, err } = coupletWith(readFileSync(file('learn.txt'), 'utf8'), ...arguments_)
     assert.equal(code, 0, err)
     assert.match(out, /cq-8c6b, 4 layers, 2 kv heads, headDim 64\nlearned from +\d+ of 6\d+ tokens, [\d.]+ a centroid; \d+ others held out/)
-    assert.match(out, /\nexpected +perplexity [\d.]+ -> [\d.]+ \([+-][\d.]+ %; window 32, sinks 4; \d+ tokens\) on text held out\n/)
+    assert.match(out, /\nexpected +perplexity [\d.]+ -> [\d.]+ \([+-][\d.]+( ± [\d.]+)? %; window 32, sinks 4; \d+ tokens\) on text held out\n/)
     assert.match(out, /\nevaluation text perplexity .* coded error [\d.]+ times that of text held out/)
     const { tokens, layers } = JSON.parse(readFileSync(report, 'utf8')) as CalibrationReport
     assert.equal(tokens.run, readFileSync(file('learn.txt')).length + readFileSync(file('second.txt')).length)

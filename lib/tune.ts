@@ -192,7 +192,8 @@ class Tuning {
   readonly #plan: Plan
   readonly #settings: TuneSettings
   readonly #tables: TuneTables
-  readonly #spreads: Record<'key' | 'value', Float64Array[]>
+  /** Of every layer and side its parts, whose groups differ in size. */
+  readonly #parts: Record<'key' | 'value', TablePart[][]>
 
   constructor({ model, codebook, batches, plan, settings }: {
     model: CodedGradientModel; codebook: Codebook; batches: Batches; plan: Plan; settings: TuneSettings
@@ -205,10 +206,9 @@ class Tuning {
     const layers = Array.from({ length: codebook.layers }, (_, layer) => layer)
     const start: Tables = { key: layers.map((layer) => codebook.keyTable(layer)), value: layers.map((layer) => codebook.valueTable(layer)) }
     this.#tables = { current: copied(start), mean: zeros(start), square: zeros(start), best: copied(start) }
-    const spreads = (table: Float32Array, { centroids, groupChannels }: Codec): Float64Array => groupSpreads(table, centroids, groupChannels)
-    this.#spreads = {
-      key: layers.map((layer) => joined(codebook.parts(layer).map(({ keyTable, keyCodec }) => spreads(keyTable, keyCodec)))),
-      value: layers.map((layer) => joined(codebook.parts(layer).map(({ valueTable, valueCodec }) => spreads(valueTable, valueCodec)))),
+    this.#parts = {
+      key: layers.map((layer) => tableParts(codebook.parts(layer).map(({ keyTable, keyCodec }) => [keyTable, keyCodec]))),
+      value: layers.map((layer) => tableParts(codebook.parts(layer).map(({ valueTable, valueCodec }) => [valueTable, valueCodec]))),
     }
   }
 
@@ -248,8 +248,11 @@ class Tuning {
     const rate = (this.#plan.rate * (1 + Math.cos((Math.PI * (step - 1)) / this.#plan.steps))) / 2
     for (const side of sides) {
       current[side].forEach((table, layer) => {
-        const state = { mean: mean[side][layer]!, square: square[side][layer]! }
-        adamStep(table, gradients[side][layer]!, state, { step, rate, spreads: this.#spreads[side][layer]! })
+        for (const { begin, end, spreads } of this.#parts[side][layer]!) {
+          const own = (array: Float32Array): Float32Array => array.subarray(begin, end)
+          const state = { mean: own(mean[side][layer]!), square: own(square[side][layer]!) }
+          adamStep(own(table), own(gradients[side][layer]!), state, { step, rate, spreads })
+        }
       })
     }
     return loss
@@ -278,4 +281,19 @@ class Tuning {
 const copied = ({ key, value }: Tables): Tables => ({ key: key.map((table) => table.slice()), value: value.map((table) => table.slice()) })
 const zeros = ({ key, value }: Tables): Tables =>
   ({ key: key.map((table) => new Float32Array(table.length)), value: value.map((table) => new Float32Array(table.length)) })
-const joined = (arrays: readonly Float64Array[]): Float64Array => Float64Array.from(arrays.flatMap((array) => [...array]))
+
+/** Place of a part in the table of its layer and side, and the spreads of its groups. */
+interface TablePart {
+  begin: number
+  end: number
+  spreads: Float64Array
+}
+
+function tableParts(parts: readonly [table: Float32Array, codec: Codec][]): TablePart[] {
+  let end = 0
+  return parts.map(([table, { centroids, groupChannels }]) => {
+    const begin = end
+    end += table.length
+    return { begin, end, spreads: groupSpreads(table, centroids, groupChannels) }
+  })
+}

@@ -2,6 +2,7 @@
 import assert from 'node:assert/strict'
 
 import { calibrate, type CalibrateOptions, captureActivations, learnCodebook } from '../../lib/calibrate'
+import { meanBits } from '../../lib/codec'
 import { crossEntropy, evaluate } from '../../lib/evaluate'
 import { GradientModel } from '../../lib/gradient/model'
 import { inspect } from '../../lib/inspect/inspect'
@@ -65,6 +66,20 @@ describe('a second model: norms of keys, partial rotation, 4-bit matrices, softc
         assert.ok(gradients[side][layer]!.some((gradient) => gradient !== 0))
       }
     }
+  })
+
+  it('diverges less when the same bits go where they matter, and is tuned then as well', async () => {
+    const { codec, ...rest } = options
+    const choose = { candidates: ['cq-2c6b', 'cq-4c6b', 'cq-8c6b', 'cq-16c6b'], sinks: 0, window: 0, iterations: 10 }
+    const [uniform, mixed] = [await calibrate({ ...rest, codec }), await calibrate({ ...rest, bits: 0.75, choose })].map(({ codebook }) => codebook)
+    assert.ok(meanBits(mixed!.codecs) <= meanBits(uniform!.codecs))
+    const learning = { text: gemmaText(48 * 64, 3), length: 64, batch: 4, checkEvery: 4, rate: 0.05 }
+    const tuning = { model: options.model, ...learning, window: 0, sinks: 0, threads: 1 }
+    const { before: withOne } = await tune({ ...tuning, steps: 1, codebook: uniform! })
+    const tuned = await tune({ ...tuning, steps: 12, codebook: mixed! })
+    assert.ok(tuned.before < 0.95 * withOne, `${tuned.before}, ${withOne} with one codec for all`)
+    assert.ok(tuned.after < tuned.before, `${tuned.before} -> ${tuned.after}`)
+    assert.deepEqual(tuned.codebook.codecs, mixed!.codecs)
   })
 
   it('is tuned, and inspected', async () => {

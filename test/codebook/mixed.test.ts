@@ -112,6 +112,22 @@ describe('a codebook of mixed codecs', () => {
     })
   }
 
+  it('keeps how its codecs were chosen, and refuses what that cannot be', () => {
+    const chosen = { budget: 1.5, bits: 1.25, loss: 0.01, measure: 'divergence', sinks: 4, window: 32, candidates: ['cq-8c8b'] } as const
+    const learned = { weights: 'attention', iterations: 3, seed: '1', tokens: 9, chosen } as const
+    const made = Codebook.fromTables({ ...mixedTables(), metadata: { learned } })
+    assert.deepEqual(Codebook.fromBuffer(made.toBuffer()).metadata.learned, learned)
+    const wrong: [object, RegExp][] = [
+      [{ budget: '1' }, /chosen.budget/], [{ bits: null }, /chosen.bits/], [{ loss: undefined }, /chosen.loss/], [{ measure: 'guess' }, /chosen.measure/],
+      [{ sinks: -1 }, /chosen.sinks/], [{ window: 0.5 }, /chosen.window/], [{ candidates: 'cq-8c8b' }, /chosen.candidates/],
+      [{ candidates: [8] }, /chosen.candidates/],
+    ]
+    for (const [change, message] of wrong) {
+      const metadata = { learned: { ...learned, chosen: { ...chosen, ...change } as never } }
+      assert.throws(() => Codebook.fromTables({ ...mixedTables(), metadata }), { code: 'ERR_COUPLET_INVALID_ARGUMENT', message })
+    }
+  })
+
   const misused: [string, Partial<CodebookTables>, RegExp][] = [
     ['codecs for all and by part', { keyCodec: '4c3b' }, /either/],
     ['codecs that are no list', { codecs: {} as never }, /`codecs`/],

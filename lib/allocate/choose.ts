@@ -22,7 +22,10 @@ export interface ChooseOptions extends CommonOptions, DeviceOptions {
   bits: number
   /** Codecs to choose from. Default 2c8b, 4c8b, 8c12b, 8c10b, 8c8b, 16c12b and 16c8b, as far as they fit the model. */
   candidates?: readonly CodecLike[] | undefined
-  /** Whether kv heads of a layer may differ; each run of heads that are alike is a call of its own in every step. Default 'head'. */
+  /**
+   * Whether kv heads of a layer may differ; each run of heads that are alike is a call of its own in every step. 'layer' measures all heads of a layer
+   * at once, kvHeads times as fast. Default 'head'.
+   */
   per?: 'head' | 'layer' | undefined
   /**
    * What a codec costs: `divergence` runs the model on the chunks that `captured` holds out, with one head's keys or values coded at a time; `fisher`
@@ -75,17 +78,13 @@ export interface Choice {
 
 /** {@link chooseCodecs} of what has been measured already. */
 export function chooseFrom(sensitivities: readonly Sensitivity[], choice: Choice & { kvHeads: number; headDim: number }): Chosen {
-  const { bits: budget, per, candidates, measure, sinks, window, kvHeads, headDim } = choice
+  const { bits: budget, candidates, measure, sinks, window, kvHeads, headDim } = choice
   const pageBytes = candidates.map((codec) => codesBytes({ codec, tokens: pageTokens, kvHeads: 1, headDim }))
-  const heads = per === 'head' ? 1 : kvHeads // of a piece
-  const pieces = Array.from({ length: sensitivities.length / heads }, (_, piece) => sensitivities.slice(piece * heads, (piece + 1) * heads))
-  const channels = sensitivities.length * headDim * pageTokens
-  const choices = pieces.map((piece) => candidates.map((_, index) => ({
-    cost: piece.length * pageBytes[index]!,
-    loss: piece.reduce((sum, { losses }) => sum + losses[index]!, 0),
-  })))
+  const channels = sensitivities.reduce((sum, { heads }) => sum + heads, 0) * headDim * pageTokens
+  const choices = sensitivities.map(({ heads, losses }) => losses.map((loss, index) => ({ cost: heads * pageBytes[index]!, loss })))
   const taken = allocate(choices, Math.floor(budget * channels / 8))
-  const codecOf = new Map(pieces.flatMap((piece, index) => piece.map((one) => [placeOf(one), candidates[taken[index]!]!])))
+  const codecOf = new Map(sensitivities.flatMap(({ layer, side, firstHead, heads }, index) =>
+    Array.from({ length: heads }, (_, head) => [placeOf({ layer, side, head: firstHead + head }), candidates[taken[index]!]!])))
   const layers = sensitivities.at(-1)!.layer + 1
   const codecs = Array.from({ length: layers }, (_, layer) => mergedParts(Array.from({ length: kvHeads }, (_, head) => ({
     keyCodec: codecOf.get(placeOf({ layer, side: 'key', head }))!,

@@ -1,4 +1,4 @@
-/** What coding one side of one kv head of one layer costs, at each codec, while all else is exact. */
+/** What coding one side of one kv head, or of all those of a layer, costs, at each codec, while all else is exact. */
 import { learnTable } from '../calibrate/learn'
 import type { Captured, CommonOptions } from '../calibrate/capture'
 import type { Codec } from '../codec'
@@ -13,6 +13,8 @@ import { DivergenceModel } from './divergence'
 
 export interface SensitivityOptions extends CommonOptions, DeviceOptions {
   candidates: readonly Codec[]
+  /** Whether heads of a layer are measured one by one, or together. */
+  per: 'head' | 'layer'
   /** `divergence`: by running the model on the chunks held out; `fisher`: by squared gradients of the tokens held out. */
   measure: 'divergence' | 'fisher'
   /** Tokens that will be in full precision. */
@@ -21,16 +23,17 @@ export interface SensitivityOptions extends CommonOptions, DeviceOptions {
   iterations?: number | undefined
 }
 
-/** Of one side of one kv head of one layer. */
+/** Of one side of some kv heads of a layer. */
 export interface Sensitivity {
   layer: number
   side: 'key' | 'value'
-  head: number
+  firstHead: number
+  heads: number
   /** One for each candidate, in natural logarithms a token. */
   losses: number[]
 }
 
-/** Losses of all layers, sides and heads, layer by layer. Tables are learned for every candidate and dropped again. */
+/** Losses of all layers, sides and, unless they are to be alike, heads, layer by layer. Tables are learned for every candidate and dropped again. */
 export async function measureSensitivity(captured: Captured, options: SensitivityOptions): Promise<Sensitivity[]> {
   const { sample, model } = captured
   const { layers, kvHeads, headDim } = model.shape
@@ -43,17 +46,18 @@ export async function measureSensitivity(captured: Captured, options: Sensitivit
     for (const side of sides) {
       const activations = await sample.side(layer, side)
       const rows = await judge.rows(layer, side)
-      const losses = Array.from({ length: kvHeads }, (): number[] => [])
+      const heads = options.per === 'head' ? 1 : kvHeads
+      const pieces = Array.from({ length: kvHeads / heads }, (_, piece): Sensitivity => ({ layer, side, firstHead: piece * heads, heads, losses: [] }))
       for (const [index, codec] of candidates.entries()) {
         const shape = { codec, kvHeads, headDim, threads, signal }
         const tables = await learnTable(activations, { tokens: sample.tokensKept, kvHeads, headDim, firstHead: 0, heads: kvHeads, codec }, defined(learning))
         const tokens = rows.length / kvHeads / headDim
         const coded = await decode(await encode(rows, { ...shape, tokens, tables }), { ...shape, tokens, tables })
         const errors = coded.map((value, i) => value - rows[i]!)
-        for (let head = 0; head < kvHeads; head++) losses[head]!.push(await judge.loss({ layer, side, head, errors }))
+        for (const { losses, ...place } of pieces) losses.push(await judge.loss({ ...place, errors }))
         onProgress?.({ phase: 'choose', done: (layer * sides.length + sides.indexOf(side)) * candidates.length + index + 1, total })
       }
-      losses.forEach((own, head) => { found.push({ layer, side, head, losses: own }) })
+      found.push(...pieces)
     }
   }
   return found
@@ -68,10 +72,11 @@ function tooShort(): RangeError {
   return rangeError('Expected a text of which chunks can be held out, to measure codecs on, but received one that is too short')
 }
 
-interface CodedHead {
+interface CodedHeads {
   layer: number
   side: Side
-  head: number
+  firstHead: number
+  heads: number
   /** Of all heads: float32 [tokens][kvHeads][headDim]. */
   errors: Float32Array
 }
@@ -79,7 +84,7 @@ interface CodedHead {
 interface Judge extends Disposable {
   /** What is coded: float32 [tokens][kvHeads][headDim]. */
   rows(layer: number, side: Side): Promise<Float32Array>
-  loss(coded: CodedHead): Promise<number>
+  loss(coded: CodedHeads): Promise<number>
 }
 
 /** A chunk with its exact keys and values, float32 [tokens][layers][kvHeads][headDim]. */
@@ -129,7 +134,7 @@ class DivergenceJudge implements Judge {
     return Promise.resolve(rows)
   }
 
-  async loss({ layer, side, head, errors }: CodedHead): Promise<number> {
+  async loss({ layer, side, firstHead, heads, errors }: CodedHeads): Promise<number> {
     const { kvHeads, headDim } = this.#model.shape
     const width = kvHeads * headDim
     let sum = 0
@@ -137,7 +142,7 @@ class DivergenceJudge implements Judge {
     for (const { reference } of this.#batches) {
       const tokens = reference.texts[0]!.length
       const own = new Float32Array(tokens * width)
-      for (let at = head * headDim; at < own.length; at += width) own.set(errors.subarray(first + at, first + at + headDim), at)
+      for (let at = firstHead * headDim; at < own.length; at += width) own.set(errors.subarray(first + at, first + at + heads * headDim), at)
       sum += tokens * await this.#model.run(reference, [{ layer, side, errors: own }], this.#signal)
       first += tokens * width
     }
@@ -167,11 +172,11 @@ class FisherJudge implements Judge {
     return rows.slice(0, elements)
   }
 
-  loss({ head, errors }: CodedHead): Promise<number> {
+  loss({ firstHead, heads, errors }: CodedHeads): Promise<number> {
     const { kvHeads, headDim } = this.#captured.model.shape
     let sum = 0
-    for (let at = head * headDim; at < errors.length; at += kvHeads * headDim) {
-      for (let channel = at; channel < at + headDim; channel++) sum += errors[channel]! ** 2 * this.#weights[channel]!
+    for (let at = firstHead * headDim; at < errors.length; at += kvHeads * headDim) {
+      for (let channel = at; channel < at + heads * headDim; channel++) sum += errors[channel]! ** 2 * this.#weights[channel]!
     }
     return Promise.resolve((sum / 2) * kvHeads * headDim / errors.length)
   }

@@ -109,6 +109,18 @@ describe('chooseCodecs', function () {
     })
   }
 
+  it('measures the heads of a layer together where they are to be alike', async () => {
+    const both = await chooseCodecs(captured, { ...options, per: 'layer', measure: 'fisher' })
+    const single = await chooseCodecs(captured, { ...options, measure: 'fisher' })
+    assert.equal(both.sensitivities.length, 4 * 2)
+    both.sensitivities.forEach(({ heads, losses }, piece) => losses.forEach((loss, index) => {
+      const sum = single.sensitivities[2 * piece]!.losses[index]! + single.sensitivities[2 * piece + 1]!.losses[index]!
+      assert.ok(heads === 2 && Math.abs(loss - sum) < 1e-6 * sum, `${loss}, not ${sum}`)
+    }))
+    const { sensitivities } = await chooseCodecs(captured, { ...options, per: 'layer', candidates: ['8c4b'] })
+    assert.ok(sensitivities.every(({ losses }) => losses.length === 1 && losses[0]! > 0))
+  })
+
   it('learns for every part what one codec for all heads would have given', async () => {
     const { codecs } = await chooseCodecs(captured, { ...options, measure: 'fisher' })
     using mixed = await learnCodebook(captured, { codec: codecs, iterations: 3, seed: 4, threads: 2 })
@@ -169,7 +181,7 @@ describe('chooseFrom', () => {
   const choice = { ...checkChoice({ bits: 1, candidates: ['4c8b', '8c8b', '16c8b'] }, 64), kvHeads: 3, headDim: 64 }
   const loud = (layer: number, side: 'key' | 'value', head: number): Sensitivity => {
     const weight = layer === 1 && side === 'key' && head === 1 ? 9 : 1
-    return { layer, side, head, losses: [0, weight, 4 * weight] }
+    return { layer, side, firstHead: head, heads: 1, losses: [0, weight, 4 * weight] }
   }
   const all = [0, 1].flatMap((layer) => (['key', 'value'] as const).flatMap((side) => [0, 1, 2].map((head) => loud(layer, side, head))))
 
@@ -178,9 +190,12 @@ describe('chooseFrom', () => {
     assert.deepEqual(codecs.map((parts) => parts.map(({ heads, keyCodec }) => `${heads} ${keyCodec.name}`)), [['3 cq-8c8b'], ['1 cq-8c8b', '1 cq-4c8b', '1 cq-8c8b']])
   })
 
-  it('keeps the heads of a layer alike on request', () => {
-    const { codecs } = chooseFrom(all, { ...choice, per: 'layer', bits: 1.3 })
+  it('keeps the heads of a layer alike that were measured together', () => {
+    const together = [0, 1].flatMap((layer) => (['key', 'value'] as const).map((side): Sensitivity =>
+      ({ layer, side, firstHead: 0, heads: 3, losses: layer === 1 && side === 'key' ? [0, 11, 44] : [0, 3, 12] })))
+    const { codecs, chosen } = chooseFrom(together, { ...choice, per: 'layer', bits: 1.3 })
     assert.deepEqual(codecs.map((parts) => parts.map(({ heads, keyCodec, valueCodec }) => `${heads} ${keyCodec.name} ${valueCodec.name}`)),
       [['3 cq-8c8b cq-8c8b'], ['3 cq-4c8b cq-8c8b']])
+    assert.equal(chosen.bits, 1.25)
   })
 })

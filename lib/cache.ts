@@ -2,6 +2,8 @@
 import { isArray, requireArray, requireInteger, requireObject, resultArray } from './arguments'
 import { Codebook } from './codebook'
 import type { RotarySpec } from './codebook'
+import type { TransformName } from './codebook-transforms'
+import { transformNames } from './codebook-transforms'
 import type { HeadCodecs, LayerCodecs } from './codec'
 import type { Rows } from './codes'
 import { dtypeOf, rowsOf } from './codes'
@@ -496,8 +498,11 @@ function sameTables(one: Codebook | undefined, other: Codebook | undefined): boo
   if (one === other || one === undefined || other === undefined) return one === other
   if (!sameCodecs(one.codecs, other.codecs)) return false
   return Array.from({ length: one.layers }, (_, layer) => layer).every((layer) =>
-    sameFloats(one.keyTable(layer), other.keyTable(layer)) && sameFloats(one.valueTable(layer), other.valueTable(layer)))
+    sameFloats(one.keyTable(layer), other.keyTable(layer)) && sameFloats(one.valueTable(layer), other.valueTable(layer))
+    && transformNames.every((name) => sameFloats(one.transform(name, layer) ?? none, other.transform(name, layer) ?? none)))
 }
+
+const none = new Float32Array(0)
 
 function sameCodecs(one: LayerCodecs, other: LayerCodecs): boolean {
   const alike = (a: HeadCodecs, b: HeadCodecs | undefined): boolean =>
@@ -523,7 +528,11 @@ function nativeCodebook(codebook: Codebook, place: NativeDevice): NativeCodebook
   let native = held.get(device)
   if (native === undefined) {
     const valueTables = everyLayer.map((layer) => codebook.valueTable(layer))
-    native = addon().createCodebook({ layers, kvHeads, headDim, codecs, keyTables, valueTables, ...place })
+    const every = (name: TransformName) => codebook.transforms.includes(name) ? everyLayer.map((layer) => codebook.transform(name, layer)!) : undefined
+    const transforms = {
+      keyMetrics: every('key.metric'), valueMetrics: every('value.metric'), valueMixes: every('value.mix'), valueUnmixes: every('value.unmix'),
+    }
+    native = addon().createCodebook({ layers, kvHeads, headDim, codecs, keyTables, valueTables, ...transforms, ...place })
     held.set(device, native)
   }
   return native

@@ -6,8 +6,10 @@ import type { CaptureActivationsOptions, Captured, CommonOptions } from './calib
 import { capture, checkCapture, judgedChunks, memoryStores } from './calibrate/capture'
 import type { CalibrationSettings, ChosenCodecs } from './calibrate/checkpoint'
 import { CalibrationCheckpoint } from './calibrate/checkpoint'
-import type { LearnedTables, LearnOptions } from './calibrate/learn'
+import type { LearnedSide, LearnOptions } from './calibrate/learn'
 import { codebookOf, codecsOf, learnSides } from './calibrate/learn'
+import type { TriedRecipe } from './calibrate/recipe'
+import { bestOf, isBetter } from './calibrate/recipe'
 import type { CalibrationReport } from './calibrate/report'
 import { Reporter } from './calibrate/report'
 import type { Texts } from './calibrate/text'
@@ -16,7 +18,7 @@ import type { Codebook } from './codebook'
 import { tableElements } from './codebook-file'
 import { commonCodec } from './codec'
 import type { DeviceOptions } from './device'
-import { rangeError, throwExpected } from './errors'
+import { codeOf, rangeError, throwExpected } from './errors'
 import { DecoderModel } from './onnx/model'
 
 export type { ChooseOptions, Chosen } from './allocate/choose'
@@ -27,7 +29,9 @@ export { captureActivations } from './calibrate/capture'
 export type { LearnOptions } from './calibrate/learn'
 export { learnCodebook } from './calibrate/learn'
 export type { CalibrationReport, CalibrationWarning, LayerError, PredictedText, SideError, SufferingPlace } from './calibrate/report'
+export type { TriedRecipe } from './calibrate/recipe'
 export type { Activations, SideActivations } from './calibrate/sample'
+export type { TransformStep } from './transform/learn'
 export type { TextInput, Texts } from './calibrate/text'
 
 export interface CalibrateOptions extends Omit<CaptureActivationsOptions, 'directory'>, Omit<LearnOptions, 'codec' | 'chosen'> {
@@ -47,12 +51,20 @@ export interface CalibrateOptions extends Omit<CaptureActivationsOptions, 'direc
    * headDim * 4 bytes and an eighth more (twice that with fisher weights), of which one layer's side is read at a time. It stays when all is done.
    */
   checkpoint?: string
+  /**
+   * `plain`: the weights and transforms that are asked for. `best`: fisher and attention weights (the latter alone where couplet cannot compute
+   * the graph's gradients), with and without the transforms that they allow, and of all that what predicts the chunks held out best. Takes some
+   * six times as long, and keeps one sample at a time. Default 'plain'.
+   */
+  recipe?: 'plain' | 'best'
 }
 
 export interface Calibrated {
   codebook: Codebook
   /** What codes will cost, and what to doubt. */
   report: CalibrationReport
+  /** What the recipe `best` compared; the codebook is that of the least `codedLoss`. */
+  tried?: TriedRecipe[]
 }
 
 /**
@@ -67,6 +79,35 @@ export interface Calibrated {
  */
 export async function calibrate(options: CalibrateOptions): Promise<Calibrated> {
   requireObject(options, 'options')
+  const { recipe = 'plain' } = options
+  if (!['plain', 'best'].includes(recipe)) throwExpected('"plain" or "best"', 'recipe', recipe)
+  return recipe === 'plain' ? calibrateOnce(options) : calibrateBest(options)
+}
+
+/** With one kind of weights after the other. */
+async function calibrateBest({ checkpoint, ...options }: CalibrateOptions): Promise<Calibrated> {
+  let best: Calibrated | undefined
+  const tried: TriedRecipe[] = []
+  for (const weights of ['fisher', 'attention'] as const) {
+    const { gradients, ...rest } = options
+    const place = checkpoint === undefined ? {} : { checkpoint: `${checkpoint}.${weights}` }
+    const given = weights === 'fisher' && gradients !== undefined ? { gradients } : {}
+    const one = await calibrateOnce({ ...rest, ...place, ...given, weights }).catch((error: unknown) => {
+      if (weights === 'fisher' && codeOf(error) === 'ERR_COUPLET_UNSUPPORTED_MODEL') return undefined
+      throw error
+    })
+    if (one === undefined) continue
+    tried.push(...one.tried!)
+    const winner = best === undefined || isBetter(leastOf(one.tried!), leastOf(best.tried!)) ? one : best
+    for (const loser of [one, best]) if (loser !== winner) loser?.codebook.dispose()
+    best = winner
+  }
+  return { ...best!, tried }
+}
+
+const leastOf = (tried: readonly TriedRecipe[]): TriedRecipe => tried.reduce((a, b) => (isBetter(b, a) ? b : a))
+
+async function calibrateOnce(options: CalibrateOptions): Promise<Calibrated> {
   const { length, points } = checkCapture(options)
   if (options.checkpoint !== undefined) requireText(options.checkpoint, 'checkpoint')
   using model = await DecoderModel.load(options.model, options.threads === undefined ? {} : { threads: options.threads })
@@ -80,16 +121,22 @@ export async function calibrate(options: CalibrateOptions): Promise<Calibrated> 
   const found = choice && await chosenCodecs(captured, choice, checkpoint)
   const learning: LearnOptions = { ...options, codec: found?.codecs ?? options.codec!, chosen: found?.chosen }
   const codecs = codecsOf(learning.codec, model.shape)
-  const tables: LearnedTables = { key: [], value: [] }
   const reporter = new Reporter(captured, options)
+  if (options.recipe === 'best') {
+    const { learned, tried } = await bestOf(captured, learning)
+    for (const side of learned) await reporter.add(side)
+    const codebook = codebookOf(captured, learning, learned)
+    return { codebook, report: await reporter.report(codebook, model, evalChunks), tried }
+  }
+  const learned: LearnedSide[] = []
   const readKnown = async (layer: number, side: 'key' | 'value') =>
     checkpoint?.readTable(layer, side, tableElements(codecs[layer]!, model.shape.headDim, side))
-  for await (const learned of learnSides(captured, learning, readKnown)) {
-    if (!learned.known) await checkpoint?.saveTable(learned.layer, learned.side, learned.table)
-    tables[learned.side].push(learned.table)
-    await reporter.add(learned)
+  for await (const side of learnSides(captured, learning, readKnown)) {
+    if (!side.known) await checkpoint?.saveTable(side.layer, side.side, side.table)
+    learned.push(side)
+    await reporter.add(side)
   }
-  const codebook = codebookOf(captured, learning, tables)
+  const codebook = codebookOf(captured, learning, learned)
   return { codebook, report: await reporter.report(codebook, model, evalChunks) }
 }
 
@@ -119,11 +166,11 @@ async function chosenCodecs(captured: Captured, choice: ChooseOptions, checkpoin
 /** All that decides what a codebook comes out as, but for the text. */
 async function settingsOf(model: DecoderModel, options: CalibrateOptions): Promise<CalibrationSettings> {
   const { seed, ...capturing } = checkCapture(options)
-  const { iterations = 100, device = 'cpu', gradients } = options
+  const { iterations = 100, device = 'cpu', gradients, recipe = 'plain', transforms = [] } = options
   const choice = checkCodecs(options, model)
   const file = gradients === undefined ? undefined : await stat(gradients)
   return {
-    model: model.fingerprint, ...capturing, seed: String(seed), iterations, device,
+    model: model.fingerprint, ...capturing, seed: String(seed), iterations, device, recipe, transforms: transforms.join(' '),
     ...(choice ? choiceSettings(choice, model) : codecSettings(options.codec, model)),
     gradients: file === undefined ? 'none' : `${file.size} bytes of ${file.mtime.toISOString()}`,
   }

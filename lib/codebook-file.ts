@@ -9,6 +9,8 @@ import { dirname } from 'node:path'
 import type { Codec, HeadCodecs } from './codec'
 import type { CodebookMetadata, CodebookShape } from './codebook-metadata'
 import { readMetadata, writeMetadata } from './codebook-metadata'
+import type { TransformName, Transforms } from './codebook-transforms'
+import { transformElements, transformShape, wrongInverse } from './codebook-transforms'
 import { codeOf, CoupletError, rangeError } from './errors'
 import { partialPath, writeAtomically } from './files'
 import { float16FromFloat32, float32FromFloat16 } from './float16'
@@ -22,6 +24,8 @@ export interface CodebookContents {
   /** One per layer: its parts one after another, float32 [heads][groups][centroids][groupChannels]. */
   keyTables: Float32Array[]
   valueTables: Float32Array[]
+  /** Those that `shape` names. */
+  transforms: Transforms
 }
 
 type Side = 'key' | 'value'
@@ -32,8 +36,15 @@ export function tableElements(parts: readonly HeadCodecs[], headDim: number, sid
   return parts.reduce((elements, part) => elements + part.heads * headDim * codecOf(part, side).centroids, 0)
 }
 
+interface PartTensor {
+  name: string
+  shape: number[]
+  begin: number
+  end: number
+}
+
 /** The parts of a layer's table, of one side, each with its place in it and its tensor. */
-function* tensors({ codecs, headDim }: CodebookShape, layer: number, side: Side): Generator<{ name: string; shape: number[]; begin: number; end: number }> {
+function* tensors({ codecs, headDim }: CodebookShape, layer: number, side: Side): Generator<PartTensor> {
   const parts = codecs[layer]!
   let begin = 0
   for (const part of parts) {
@@ -41,6 +52,18 @@ function* tensors({ codecs, headDim }: CodebookShape, layer: number, side: Side)
     const end = begin + part.heads * headDim * centroids
     const place = parts.length === 1 ? '' : `heads.${part.firstHead}.`
     yield { name: `layers.${layer}.${place}${side}`, shape: [part.heads, headDim / groupChannels, centroids, groupChannels], begin, end }
+    begin = end
+  }
+}
+
+/** Likewise of a transform. */
+function* transformTensors({ codecs, headDim }: CodebookShape, layer: number, name: TransformName): Generator<PartTensor> {
+  const parts = codecs[layer]!
+  let begin = 0
+  for (const part of parts) {
+    const end = begin + transformElements(name, [part], headDim)
+    const place = parts.length === 1 ? '' : `heads.${part.firstHead}.`
+    yield { name: `layers.${layer}.${place}${name}`, shape: transformShape(name, part, headDim), begin, end }
     begin = end
   }
 }
@@ -60,15 +83,20 @@ function* contents(fileBytes: number): Reads {
   yield { offset: lengthBytes, into: headerText }
   const header = sound(() => parseHeader(headerText, fileBytes))
   const { shape, metadata } = described(header)
-  const wanted = 2 * shape.codecs.reduce((count, parts) => count + parts.length, 0)
+  const wanted = (2 + shape.transforms.length) * shape.codecs.reduce((count, parts) => count + parts.length, 0)
   if (header.tensors.size !== wanted) throw invalid(`it has ${header.tensors.size} tensors, not ${wanted}, for ${shape.layers} layers`)
   const keyTables: Float32Array[] = []
   const valueTables: Float32Array[] = []
+  const steps = new Map(shape.transforms.map((name): [TransformName, Float32Array[]] => [name, []]))
   for (let layer = 0; layer < shape.layers; layer++) {
-    keyTables.push(yield* table(header, shape, layer, 'key'))
-    valueTables.push(yield* table(header, shape, layer, 'value'))
+    keyTables.push(yield* table(header, [...tensors(shape, layer, 'key')], ['F16', 'F32']))
+    valueTables.push(yield* table(header, [...tensors(shape, layer, 'value')], ['F16', 'F32']))
+    for (const [name, arrays] of steps) arrays.push(yield* table(header, [...transformTensors(shape, layer, name)], ['F32']))
   }
-  return { shape, metadata, keyTables, valueTables }
+  const transforms: Transforms = Object.fromEntries(steps)
+  const wrong = wrongInverse(transforms, shape.headDim)
+  if (wrong !== undefined) throw invalid(`value.unmix of layer ${wrong} does not undo value.mix`)
+  return { shape, metadata, keyTables, valueTables, transforms }
 }
 
 function sound<Result>(read: () => Result): Result {
@@ -94,12 +122,14 @@ function described({ metadata }: Header): ReturnType<typeof readMetadata> {
   }
 }
 
-function* table(header: Header, shape: CodebookShape, layer: number, side: Side): Generator<{ offset: number; into: Uint8Array }, Float32Array, void> {
-  const parts = [...tensors(shape, layer, side)].map(({ name, shape: expected, begin, end }) => {
+type TableReads = Generator<{ offset: number; into: Uint8Array }, Float32Array, void>
+
+function* table(header: Header, wanted: readonly PartTensor[], dtypes: readonly TensorType[]): TableReads {
+  const parts = wanted.map(({ name, shape: expected, begin, end }) => {
     const tensor = header.tensors.get(name)
     if (tensor === undefined) throw invalid(`it has no tensor "${name}"`)
     if (tensor.shape.join() !== expected.join()) throw invalid(`tensor "${name}" has shape [${tensor.shape.join(', ')}], not [${expected.join(', ')}]`)
-    if (tensor.dtype !== 'F16' && tensor.dtype !== 'F32') throw invalid(`tensor "${name}" has dtype ${tensor.dtype}, not F16 or F32`)
+    if (!dtypes.some((dtype) => dtype === tensor.dtype)) throw invalid(`tensor "${name}" has dtype ${tensor.dtype}, not ${dtypes.join(' or ')}`)
     return { name, tensor, begin, end }
   })
   // Only now, when the file is known to have all of it.
@@ -170,13 +200,16 @@ function some(bytesRead: number): number {
 // ---- writing ----
 
 /** The bytes of the file, in order; a chunk is at most a table. */
-function* chunks({ shape, metadata, keyTables, valueTables }: CodebookContents, dtype: TensorType): Generator<Uint8Array, void, void> {
-  const all = keyTables.flatMap((_, layer) => [...tensors(shape, layer, 'key'), ...tensors(shape, layer, 'value')])
-  const headers = all.map(({ name, shape }) => ({ name, dtype, shape }))
+function* chunks({ shape, metadata, keyTables, valueTables, transforms }: CodebookContents, dtype: TensorType): Generator<Uint8Array, void, void> {
+  const headers = keyTables.flatMap((_, layer) => [
+    ...[...tensors(shape, layer, 'key'), ...tensors(shape, layer, 'value')].map(({ name, shape }) => ({ name, dtype, shape })),
+    ...shape.transforms.flatMap((step) => [...transformTensors(shape, layer, step)].map(({ name, shape }) => ({ name, dtype: 'F32' as const, shape }))),
+  ])
   yield writeHeader(headers, { format: 'couplet.codebook', couplet: writeMetadata(shape, metadata) })
   for (const [layer, keys] of keyTables.entries()) {
     yield tableBytes(keys, dtype, layer)
     yield tableBytes(valueTables[layer] ?? keys, dtype, layer)
+    for (const step of shape.transforms) yield tableBytes(transforms[step]![layer]!, 'F32', layer)
   }
 }
 

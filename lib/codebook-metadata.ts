@@ -1,11 +1,16 @@
 /** The JSON that travels in a codebook file, and its checks: the same for files and for what a program hands over. */
 import type { Codec, CodecLike, HeadCodecs, HeadCodecsLike, LayerCodecs } from './codec'
 import { codec, commonCodec } from './codec'
+import type { TransformName } from './codebook-transforms'
+import { readTransformNames } from './codebook-transforms'
 import { CoupletError, rangeError, throwExpected } from './errors'
 import type { Json } from './json'
 
-/** Versions of the file that this couplet reads. It writes 1 where that says everything: one codec a side, in all layers and heads. */
-const formatVersions = [1, 2]
+/**
+ * Versions of the file that this couplet reads. It writes the lowest that says everything: 1, one codec a side in all layers and heads;
+ * 2, mixed codecs; 3, transforms as well.
+ */
+const formatVersions = [1, 2, 3]
 
 /** How the model rotates queries and keys. Keys are coded before the rotation. */
 export interface RotarySpec {
@@ -36,7 +41,7 @@ export interface LearnedFrom {
 }
 
 export interface CodebookMetadata {
-  readonly formatVersion: 1 | 2
+  readonly formatVersion: 1 | 2 | 3
   /** null: none, or not known. */
   readonly rotary: RotarySpec | null
   /** Fingerprint of the model, as DecoderModel gives it. null: not known. */
@@ -47,6 +52,8 @@ export interface CodebookMetadata {
 
 export interface CodebookShape {
   readonly codecs: LayerCodecs
+  /** Steps beside the tables; default none. */
+  readonly transforms: readonly TransformName[]
   readonly layers: number
   readonly kvHeads: number
   readonly headDim: number
@@ -54,13 +61,15 @@ export interface CodebookShape {
 
 /** The JSON text of a file. */
 export function writeMetadata(shape: CodebookShape, metadata: CodebookMetadata): string {
-  const { codecs, layers, kvHeads, headDim } = shape
+  const { codecs, transforms, layers, kvHeads, headDim } = shape
   const { rotary, model, learned } = metadata
-  return JSON.stringify({ formatVersion: formatVersionOf(shape), ...codecMembers(codecs), layers, kvHeads, headDim, rotary, model, learned })
+  const steps = transforms.length > 0 ? { transforms } : {}
+  return JSON.stringify({ formatVersion: formatVersionOf(shape), ...codecMembers(codecs), ...steps, layers, kvHeads, headDim, rotary, model, learned })
 }
 
 /** The lowest version that says everything about such a codebook. */
-export function formatVersionOf({ codecs }: Pick<CodebookShape, 'codecs'>): 1 | 2 {
+export function formatVersionOf({ codecs, transforms }: Pick<CodebookShape, 'codecs' | 'transforms'>): 1 | 2 | 3 {
+  if (transforms.length > 0) return 3
   return isUniform(codecs) ? 1 : 2
 }
 
@@ -83,13 +92,15 @@ export function readMetadata(json: Json): { shape: CodebookShape; metadata: Code
   if (!formatVersions.includes(version))
     throw new CoupletError(
       'ERR_COUPLET_CODEBOOK_MISMATCH',
-      `Expected a codebook of format version ${formatVersions.join(' or ')} but received one of format version ${version}`,
+      `Expected a codebook of format version ${formatVersions.slice(0, -1).join(', ')} or ${formatVersions.at(-1)} but received one of format version ${version}`,
     )
   const dimensions = { layers: members.get('layers'), kvHeads: members.get('kvHeads'), headDim: members.get('headDim') }
   const codecs = members.get('codecs')
+  const transforms = version < 3 ? [] : readTransformNames(readArray(members.get('transforms') ?? [], 'transforms'))
+  const codecName = (side: 'keyCodec' | 'valueCodec') => readText(members.get(side), side)
   const shape = version === 1 || codecs === undefined
-    ? readShape({ ...dimensions, keyCodec: readText(members.get('keyCodec'), 'keyCodec'), valueCodec: readText(members.get('valueCodec'), 'valueCodec') })
-    : readShape({ ...dimensions, codecs: readCodecs(codecs) })
+    ? readShape({ ...dimensions, transforms, keyCodec: codecName('keyCodec'), valueCodec: codecName('valueCodec') })
+    : readShape({ ...dimensions, transforms, codecs: readCodecs(codecs) })
   const rotary = optional(members.get('rotary'), (value) => readRotary(value, shape.headDim))
   const model = optional(members.get('model'), (value) => readText(value, 'model'))
   const learned = optional(members.get('learned'), readLearned)
@@ -100,7 +111,7 @@ export function readMetadata(json: Json): { shape: CodebookShape; metadata: Code
 export type GivenCodecs = Record<'keyCodec' | 'valueCodec', CodecLike> | { codecs: readonly (readonly HeadCodecsLike[])[] }
 
 /** @throws {TypeError | RangeError} when the codecs do not divide headDim, parts do not cover the heads, or a count is out of range */
-export function readShape(given: GivenCodecs & Record<'layers' | 'kvHeads' | 'headDim', unknown>): CodebookShape {
+export function readShape(given: GivenCodecs & Record<'layers' | 'kvHeads' | 'headDim', unknown> & { transforms?: readonly TransformName[] }): CodebookShape {
   const layers = readCount(given.layers, 'layers', 1, 65536)
   const kvHeads = readCount(given.kvHeads, 'kvHeads', 1, 65536)
   const headDim = readCount(given.headDim, 'headDim', 8, 256)
@@ -111,7 +122,7 @@ export function readShape(given: GivenCodecs & Record<'layers' | 'kvHeads' | 'he
     if (given.codecs.length !== layers) throwExpected(`those of ${layers} layers`, 'codecs', given.codecs.length, true)
     codecs = given.codecs.map((layer, index) => parts(layer, `codecs[${index}]`))
   }
-  return Object.freeze({ codecs: Object.freeze(codecs), layers, kvHeads, headDim })
+  return Object.freeze({ codecs: Object.freeze(codecs), transforms: given.transforms ?? [], layers, kvHeads, headDim })
 }
 
 function readParts(parts: readonly HeadCodecsLike[], { name, kvHeads, headDim }: { name: string; kvHeads: number; headDim: number }): readonly HeadCodecs[] {

@@ -3,6 +3,8 @@ import type { CodebookContents } from './codebook-file'
 import { readBuffer, readFile, readFileSync, tableElements, writeBuffer, writeFile, writeFileSync } from './codebook-file'
 import type { CodebookMetadata, CodebookShape, GivenCodecs, LearnedFrom, RotarySpec } from './codebook-metadata'
 import { formatVersionOf, readMetadata, readShape, writeMetadata } from './codebook-metadata'
+import type { TransformName, Transforms } from './codebook-transforms'
+import { checkedTransforms, transformElements } from './codebook-transforms'
 import type { Codec, CodecLike, HeadCodecs, HeadCodecsLike, LayerCodecs } from './codec'
 import { commonCodec } from './codec'
 import { CoupletError, describe, disposedError, throwExpected, typeError } from './errors'
@@ -10,7 +12,7 @@ import { parseJson } from './json'
 import { requireSignal } from './native/call'
 import type { TensorType } from './safetensors'
 
-export type { CodebookMetadata, LearnedFrom, RotarySpec }
+export type { CodebookMetadata, LearnedFrom, RotarySpec, TransformName, Transforms }
 
 /** Where the tables of {@link Codebook.fromTables} come from. */
 export interface CodebookTables {
@@ -22,6 +24,8 @@ export interface CodebookTables {
   valueCodec?: CodecLike | undefined
   /** Of every layer its parts, which cover its kv heads in their order. */
   codecs?: readonly (readonly HeadCodecsLike[])[] | undefined
+  /** Steps beside the tables (docs/codebook.md), of every layer one array. Copied; default none. */
+  transforms?: Transforms | undefined
   kvHeads: number
   headDim: number
   metadata?: Partial<CodebookMetadata> | undefined
@@ -31,6 +35,9 @@ export interface CodebookTables {
 export interface CodebookPart extends HeadCodecs {
   readonly keyTable: Float32Array
   readonly valueTable: Float32Array
+  /** float32 [heads][groups][groupChannels][groupChannels] of what encode calls near; undefined: the plain distance. */
+  readonly keyMetric: Float32Array | undefined
+  readonly valueMetric: Float32Array | undefined
 }
 
 /** What a model needs of a codebook; what is absent is not compared. */
@@ -61,6 +68,8 @@ export class Codebook {
   readonly valueCodec: Codec | undefined
   /** Of every layer, one part for its kv heads, or several that differ. */
   readonly codecs: LayerCodecs
+  /** Names of the steps that all layers have beside their tables. */
+  readonly transforms: readonly TransformName[]
   readonly layers: number
   readonly kvHeads: number
   readonly headDim: number
@@ -68,10 +77,11 @@ export class Codebook {
   #contents: CodebookContents | undefined
 
   private constructor(contents: CodebookContents) {
-    const { codecs, layers, kvHeads, headDim } = contents.shape
+    const { codecs, transforms, layers, kvHeads, headDim } = contents.shape
     this.keyCodec = commonCodec(codecs, 'keyCodec')
     this.valueCodec = commonCodec(codecs, 'valueCodec')
     this.codecs = codecs
+    this.transforms = transforms
     this.layers = layers
     this.kvHeads = kvHeads
     this.headDim = headDim
@@ -110,7 +120,10 @@ export class Codebook {
     if (metadata !== undefined) requireObject(metadata, 'metadata')
     if (!Array.isArray(keyTables)) throwExpected('an array', 'keyTables', keyTables)
     if (!Array.isArray(valueTables)) throwExpected('an array', 'valueTables', valueTables)
-    const shape = readShape({ ...givenCodecs(tables), layers: keyTables.length, kvHeads, headDim })
+    const plain = readShape({ ...givenCodecs(tables), layers: keyTables.length, kvHeads, headDim, transforms: [] })
+    if (tables.transforms !== undefined) requireObject(tables.transforms, 'transforms')
+    const transforms = checkedTransforms(tables.transforms ?? {}, plain.codecs, plain.headDim)
+    const shape = { ...plain, transforms: Object.freeze(Object.keys(transforms) as TransformName[]) }
     const checked = (list: readonly Float32Array[], side: 'key' | 'value') =>
       list.map((table, layer) => checkedTable(table, `${side}Tables`, layer, tableElements(shape.codecs[layer]!, shape.headDim, side)))
     if (valueTables.length !== shape.layers) throwExpected(`${shape.layers} tables`, 'valueTables.length', valueTables.length, true)
@@ -119,6 +132,7 @@ export class Codebook {
       metadata: checkedMetadata(shape, metadata),
       keyTables: checked(keyTables, 'key'),
       valueTables: checked(valueTables, 'value'),
+      transforms,
     })
   }
 
@@ -152,13 +166,27 @@ export class Codebook {
     return tableOf(this.#use().valueTables, layer)
   }
 
+  /** What a step has for a layer, its parts one after another (docs/codebook.md); undefined without that step. Not to be written. */
+  transform(name: TransformName, layer: number): Float32Array | undefined {
+    const arrays = this.#use().transforms[name]
+    return arrays && tableOf(arrays, layer)
+  }
+
   /** The parts of a layer, each with its own tables. */
   parts(layer: number): CodebookPart[] {
     const [keys, values] = [this.keyTable(layer), this.valueTable(layer)]
-    const rest = { key: 0, value: 0 }
+    const rest = { key: 0, value: 0, 'key.metric': 0, 'value.metric': 0 }
     const take = (table: Float32Array, side: 'key' | 'value', part: HeadCodecs): Float32Array =>
       table.subarray(rest[side], rest[side] += tableElements([part], this.headDim, side))
-    return this.codecs[layer]!.map((part) => ({ ...part, keyTable: take(keys, 'key', part), valueTable: take(values, 'value', part) }))
+    const metric = (side: 'key' | 'value', part: HeadCodecs): Float32Array | undefined => {
+      const name = `${side}.metric` as const
+      return this.transform(name, layer)?.subarray(rest[name], rest[name] += transformElements(name, [part], this.headDim))
+    }
+    return this.codecs[layer]!.map((part) => ({
+      ...part,
+      keyTable: take(keys, 'key', part), valueTable: take(values, 'value', part),
+      keyMetric: metric('key', part), valueMetric: metric('value', part),
+    }))
   }
 
   /**
@@ -232,7 +260,7 @@ function checkedTable(table: unknown, name: string, layer: number, elements: num
   return table.slice()
 }
 
-function tableOf(tables: Float32Array[], layer: number): Float32Array {
+function tableOf(tables: readonly Float32Array[], layer: number): Float32Array {
   return tables[layer] ?? throwExpected(`an integer from 0 to ${tables.length - 1}`, 'layer', layer, typeof layer === 'number')
 }
 

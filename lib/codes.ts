@@ -8,7 +8,7 @@ import { describe, throwExpected, typeError } from './errors'
 import { addon } from './native/addon'
 import { abortable, refusePromiseOptions } from './native/call'
 import type { NativeCodesArguments } from './native/operations'
-import { type PreparedTables, tablesOf } from './tables'
+import { PreparedTables, tablesOf } from './tables'
 
 /** The shape of packed codes, as docs/layout.md draws them: [pages][kvHeads][page bytes]. */
 export interface CodesShape {
@@ -24,6 +24,11 @@ export interface CodesShape {
 export interface CodesSyncOptions extends CodesShape, DeviceOptions, StreamOption {
   /** Centroids: float32 [kvHeads][groups][centroids][groupChannels]; or prepared once for many calls of few tokens. */
   tables: Float32Array | PreparedTables
+  /**
+   * For encode: what it calls near, float32 [kvHeads][groups][groupChannels][groupChannels]; the code of x is that of the centroid c with the
+   * least |M (x - c)|. Default the plain distance, or what prepared tables were given.
+   */
+  metric?: Float32Array | undefined
   /** The token of `codes` that the first row stands for; default 0. Codes of other tokens stay as they are. */
   firstToken?: number | undefined
   /** Elements of `rows` from a token to the next; default kvHeads * headDim. */
@@ -144,7 +149,7 @@ type CodesCall = Omit<NativeCodesArguments, 'rows' | 'codes' | 'dtype' | 'device
 
 function prepare(options: CodesSyncOptions): CodesCall & { rowElements: number; codesBytes: number } {
   requireObject(options, 'options')
-  const { tokens, kvHeads, headDim, pageTokens, firstToken = 0, threads, stream } = options
+  const { tokens, kvHeads, headDim, pageTokens, firstToken = 0, threads, stream, metric } = options
   const { groupChannels, codeBits, centroids } = codec(options.codec)
   requireInteger(tokens, 'tokens', 0)
   requireInteger(kvHeads, 'kvHeads', 1)
@@ -154,10 +159,12 @@ function prepare(options: CodesSyncOptions): CodesCall & { rowElements: number; 
   requireInteger(tokenStride, 'tokenStride', 0, Number.MAX_SAFE_INTEGER)
   requireInteger(headStride, 'headStride', 0, Number.MAX_SAFE_INTEGER)
   const tables = tablesOf(options.tables, kvHeads * headDim * centroids)
+  if (metric !== undefined) requireArray(metric, 'metric', Float32Array, kvHeads * headDim * groupChannels)
+  if (metric !== undefined && options.tables instanceof PreparedTables) throwExpected('tables as floats beside `metric`', 'tables', options.tables)
   const rowElements = extent({ count: tokens, stride: tokenStride }, { count: kvHeads, stride: headStride }, { count: headDim, stride: 1 })
   const codeTokens = tokens === 0 ? 0 : firstToken + tokens
   return {
-    ...{ groupChannels, codeBits, tokens, kvHeads, headDim, pageTokens, firstToken, tokenStride, headStride, threads, stream, tables },
+    ...{ groupChannels, codeBits, tokens, kvHeads, headDim, pageTokens, firstToken, tokenStride, headStride, threads, stream, tables, metric },
     rowElements,
     codesBytes: addon().codesBytes({ groupChannels, codeBits, headDim, kvHeads, tokens: codeTokens, pageTokens }),
   }

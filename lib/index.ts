@@ -6,11 +6,14 @@ export { Cache, Sequence, Step } from './cache'
 export type {
   Activations, Calibrated, CalibrateOptions, CalibrationProgress, CalibrationReport, CalibrationWarning, Captured, CaptureActivationsOptions, Chosen,
   ChooseOptions, LayerError, LearnOptions, PredictedText, Sensitivity, SideActivations, SideError, SufferingPlace, TextInput, Texts, WeightKind,
+  TransformStep, TriedRecipe,
 } from './calibrate'
 export { calibrate, captureActivations, chooseCodecs, learnCodebook } from './calibrate'
 export type { BackendState, Capabilities, DeviceInfo, SilentDevice } from './capabilities'
 export { capabilities } from './capabilities'
-export type { CodebookMetadata, CodebookPart, CodebookTables, ExpectedCodebook, LearnedFrom, RotarySpec, SaveOptions } from './codebook'
+export type {
+  CodebookMetadata, CodebookPart, CodebookTables, ExpectedCodebook, LearnedFrom, RotarySpec, SaveOptions, TransformName, Transforms,
+} from './codebook'
 export { Codebook } from './codebook'
 export type { Codec, CodecLike, HeadCodecs, HeadCodecsLike, LayerCodecs } from './codec'
 export { codec } from './codec'

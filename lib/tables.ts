@@ -10,6 +10,8 @@ export interface TablesShape extends DeviceOptions {
   kvHeads: number
   /** Channels of a head, 8 to 256, a multiple of the codec's groupChannels. */
   headDim: number
+  /** For encode: float32 [kvHeads][groups][groupChannels][groupChannels], as in `encode`; copied. */
+  metric?: Float32Array | undefined
 }
 
 let handleOf: (tables: PreparedTables) => NativeTables
@@ -75,12 +77,13 @@ export class PreparedTables {
 
 function preparation(tables: Float32Array, shape: TablesShape): NativeTablesArguments {
   requireObject(shape, 'shape')
-  const { kvHeads, headDim } = shape
+  const { kvHeads, headDim, metric } = shape
   const { groupChannels, codeBits, centroids } = codec(shape.codec)
   requireInteger(kvHeads, 'kvHeads', 1)
   requireInteger(headDim, 'headDim', 8, 256)
   requireArray(tables, 'tables', Float32Array, kvHeads * headDim * centroids)
-  return { groupChannels, codeBits, kvHeads, headDim, tables, ...deviceOf(shape, []) }
+  if (metric !== undefined) requireArray(metric, 'metric', Float32Array, kvHeads * headDim * groupChannels)
+  return { groupChannels, codeBits, kvHeads, headDim, tables, metric, ...deviceOf(shape, []) }
 }
 
 /** @internal Floats are checked and handed on, tables prepared are handed on. */

@@ -100,7 +100,7 @@ export async function tune(options: TuneOptions): Promise<Tuned> {
     using reference = await DecoderModel.load(options.model, threads)
     const { shape, fingerprint } = reference
     codebook.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
-    using model = await CodedGradientModel.load(reference.file, { codecs: codebook.codecs, sinks: plan.sinks, window: plan.window, ...threads })
+    using model = await CodedGradientModel.load(reference.file, { codebook, sinks: plan.sinks, window: plan.window, ...threads })
     const heldOut = plan.heldOut ?? Math.min(16, Math.max(1, Math.floor(texts.length / 10)))
     if (heldOut >= texts.length) throw rangeError(`Expected fewer than ${texts.length} chunks, all of the text, for \`heldOut\` but received ${heldOut}`)
     const text = hashTokens(tokens)
@@ -229,11 +229,12 @@ class Tuning {
 
   /** The best tables. `text`: hash of what they were tuned on. */
   codebook(text: string, { bestStep }: TuneProgressState): Codebook {
-    const { codecs, kvHeads, headDim, metadata } = this.#start
+    const { codecs, kvHeads, headDim, metadata, transforms: names } = this.#start
+    const transforms = Object.fromEntries(names.map((name) => [name, codecs.map((_, layer) => this.#start.transform(name, layer)!)]))
     const { window, sinks } = this.#plan
     const learned = metadata.learned && bestStep > 0 ? { ...metadata.learned, tuned: { steps: bestStep, window, sinks, text } } : metadata.learned
     const { key, value } = this.#tables.best
-    return Codebook.fromTables({ keyTables: key, valueTables: value, codecs, kvHeads, headDim, metadata: { ...metadata, learned } })
+    return Codebook.fromTables({ keyTables: key, valueTables: value, codecs, transforms, kvHeads, headDim, metadata: { ...metadata, learned } })
   }
 
   async #begin(signal: AbortSignal | undefined): Promise<TuneProgressState> {

@@ -61,7 +61,7 @@ export class Calibration {
 
   /** Squared gradients of the loss, in the layout of {@link rows}. */
   fisher({ layer, side }: Place): Rows {
-    return this.#headsFirst(this.sides[side][layer]!.weights!)
+    return this.#headsFirst(this.sides[side][layer]!.weights!.map((gradient) => gradient ** 2))
   }
 
   dispose(): void {

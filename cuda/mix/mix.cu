@@ -36,23 +36,23 @@ __global__ void __launch_bounds__(COUPLET_MAX_HEAD_DIM) mix(couplet_mix_params c
       int64_t const first = tile % tiles * block_tokens;
       int const count = min(block_tokens, static_cast<int>(run.tokens - first));
       int64_t const place = first * run.token_stride + head * run.head_stride + channel;
-      if (inside)
-        for (int t = 0; t < count; ++t)
-          rows[t][channel] = element_of(run.rows, params.dtype, place + t * run.token_stride);
+#pragma unroll 1
+      for (int t = 0; t < block_tokens && inside; ++t)
+        rows[t][channel] = t < count ? element_of(run.rows, params.dtype, place + t * run.token_stride) : 0.0f;
       __syncthreads();
-      int64_t const matrix = head / (params.heads / params.matrix_heads) * params.head_dim * params.head_dim;
+      int const last = min(channel, params.head_dim - 1);  // threads beyond it compute what nobody stores
+      const float* const matrix =
+          params.matrices + head / (params.heads / params.matrix_heads) * params.head_dim * params.head_dim + last;
       float sums[block_tokens] = {};
-      if (inside)
-        for (int from = 0; from < params.head_dim; ++from) {
-          float const entry = __ldg(params.matrices + matrix + int64_t{from} * params.head_dim + channel);
+#pragma unroll 4
+      for (int from = 0; from < params.head_dim; ++from) {
+        float const entry = __ldg(matrix + from * params.head_dim);
 #pragma unroll
-          for (int t = 0; t < block_tokens; ++t)
-            if (t < count) sums[t] = __fmaf_rn(rows[t][from], entry, sums[t]);
-        }
-      if (inside)
+        for (int t = 0; t < block_tokens; ++t) sums[t] = __fmaf_rn(rows[t][from], entry, sums[t]);
+      }
 #pragma unroll
-        for (int t = 0; t < block_tokens; ++t)
-          if (t < count) store_element(run.rows, params.dtype, place + t * run.token_stride, sums[t]);
+      for (int t = 0; t < block_tokens; ++t)
+        if (t < count && inside) store_element(run.rows, params.dtype, place + t * run.token_stride, sums[t]);
       __syncthreads();  // all have read the tile before the next one comes
     }
   }

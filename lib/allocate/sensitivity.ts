@@ -168,7 +168,7 @@ class FisherJudge implements Judge {
   async rows(layer: number, side: Side): Promise<Float32Array> {
     const { rows, weights } = await this.#captured.heldOut!.side(layer, side)
     const elements = this.#captured.heldOut!.tokensKept * this.#captured.model.shape.kvHeads * this.#captured.model.shape.headDim
-    this.#weights = weights!.slice(0, elements)
+    this.#weights = weights!.subarray(0, elements).map((gradient) => gradient ** 2)
     return rows.slice(0, elements)
   }
 

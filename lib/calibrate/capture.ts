@@ -225,7 +225,7 @@ class Runner implements AsyncDisposable {
     this.#close = () => file.close()
     return async ({ tokens, first }) => {
       const { rows } = await runForward(model, tokens, 'uniform', signal)
-      return { tokens: tokens.length, rows, weights: squares(await file.read(first, tokens.length), model.shape, first) }
+      return { tokens: tokens.length, rows, weights: finite(await file.read(first, tokens.length), model.shape, first) }
     }
   }
 }
@@ -251,14 +251,14 @@ async function runBackward(model: GradientModel, { tokens, first }: Chunk, signa
   const { rows, gradients } = await model.run(tokens, signal)
   const tokenStride = model.shape.kvHeads * model.shape.headDim
   const layerRows = (arrays: Float32Array[]): LayerRows[] => arrays.map((data) => ({ data, offset: 0, tokenStride }))
-  return { tokens: tokens.length, rows: { key: layerRows(rows.key), value: layerRows(rows.value) }, weights: squares(gradients, model.shape, first) }
+  return { tokens: tokens.length, rows: { key: layerRows(rows.key), value: layerRows(rows.value) }, weights: finite(gradients, model.shape, first) }
 }
 
 /**
- * Squared gradients, [tokens][kvHeads][headDim]: summed over the channels of a group they are its Fisher weight.
+ * Gradients, [tokens][kvHeads][headDim]: the sum of their squares over the channels of a group is its Fisher weight.
  * @throws {CoupletError} `ERR_COUPLET_NOT_FINITE` for a gradient that is a NaN or an infinity; `token` counts from the text's first.
  */
-function squares(gradients: Record<Side, Float32Array[]>, { kvHeads, headDim }: ModelShape, first: number): Record<Side, LayerRows[]> {
+function finite(gradients: Record<Side, Float32Array[]>, { kvHeads, headDim }: ModelShape, first: number): Record<Side, LayerRows[]> {
   const tokenStride = kvHeads * headDim
   const ofSide = (side: Side) => gradients[side].map((data, layer): LayerRows => {
     const wrong = data.findIndex((gradient) => !Number.isFinite(gradient))
@@ -266,7 +266,7 @@ function squares(gradients: Record<Side, Float32Array[]>, { kvHeads, headDim }: 
       const place = { layer, kvHead: Math.floor((wrong % tokenStride) / headDim), token: first + Math.floor(wrong / tokenStride), channel: wrong % headDim }
       throw new CoupletError('ERR_COUPLET_NOT_FINITE', `Expected finite gradients but the ${side} of layer ${layer}, kv head ${place.kvHead}, token ${place.token}, channel ${place.channel} has a NaN or an infinity`, place)
     }
-    return { data: data.map((gradient) => gradient ** 2), offset: 0, tokenStride }
+    return { data, offset: 0, tokenStride }
   })
   return { key: ofSide('key'), value: ofSide('value') }
 }

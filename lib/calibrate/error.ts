@@ -1,6 +1,8 @@
 /** What codes lose of keys and values, as a share of their variance. */
 import type { SidePart } from '../codec'
 import { decode, encode } from '../codes'
+import { mixSide } from '../transform/apply'
+import type { SideTransforms } from '../transform/learn'
 import type { SideActivations } from './sample'
 
 /** Tokens that are coded at a time; adding up those of 8 heads of 128 channels takes some 3 ms of the JavaScript thread. */
@@ -13,6 +15,7 @@ export interface CodedPlace {
   readonly parts: readonly SidePart[]
   /** The parts one after another, float32 [heads][groups][centroids][groupChannels]. */
   readonly table: Float32Array
+  readonly transforms?: SideTransforms
   readonly threads?: number | undefined
 }
 
@@ -34,26 +37,37 @@ export class CodedError {
     this.#weights = new Float64Array(channels)
   }
 
+  /** Rows and gradients as they are coded: what is added is of these. */
+  mixed(side: SideActivations, tokens: number): Promise<SideActivations> {
+    const { transforms = {}, kvHeads, headDim } = this.#place
+    return mixSide(side, transforms, { tokens, kvHeads, headDim })
+  }
+
   /**
    * @param weights [tokens][kvHeads], or those of groups for each of their channels, [tokens][kvHeads][headDim]; undefined: all alike
    */
   async add({ rows, weights }: SideActivations, tokens: number, signal?: AbortSignal): Promise<void> {
-    const { kvHeads, headDim, parts, table, threads } = this.#place
+    const { kvHeads, headDim, parts, table, transforms: { metric } = {}, threads } = this.#place
     const width = kvHeads * headDim
     for (let first = 0; first < tokens; first += sliceTokens) {
       const count = Math.min(sliceTokens, tokens - first)
       const slice = rows.subarray(first * width, (first + count) * width)
       const decoded = new Float32Array(slice.length)
-      let at = 0
+      let [at, matrix] = [0, 0]
       for (const { firstHead, heads, codec } of parts) {
         const tables = table.subarray(at, at += heads * headDim * codec.centroids)
         const call = { codec, tokens: count, kvHeads: heads, headDim, tables, tokenStride: width, threads, signal }
-        const codes = await encode(slice.subarray(firstHead * headDim), call)
+        const near = metric?.subarray(matrix, matrix += heads * headDim * codec.groupChannels)
+        const codes = await encode(slice.subarray(firstHead * headDim), { ...call, metric: near })
         await decode(codes, { ...call, out: decoded.subarray(firstHead * headDim) })
       }
       const weightWidth = weights ? weights.length / tokens : 0
       this.#accumulate(slice, decoded, weights?.subarray(first * weightWidth, (first + count) * weightWidth))
     }
+  }
+
+  get parts(): readonly SidePart[] {
+    return this.#place.parts
   }
 
   /** Of all heads: 0 when nothing is lost, 1 when centroids are no better than the mean; 0 for rows that are all alike. */

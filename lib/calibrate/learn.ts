@@ -5,10 +5,14 @@ import { readShape } from '../codebook-metadata'
 import type { Codec, HeadCodecsLike, LayerCodecs, SidePart } from '../codec'
 import { codec as parseCodec, sideParts } from '../codec'
 import type { DeviceOptions } from '../device'
-import { throwExpected } from '../errors'
+import { rangeError, throwExpected } from '../errors'
 import type { Side } from '../gradient/attention'
 import { sides } from '../gradient/attention'
+import type { Transforms } from '../codebook-transforms'
 import { kmeans } from '../kmeans'
+import { measureSide, mixSide, unmeasured } from '../transform/apply'
+import type { SideTransforms, TransformStep } from '../transform/learn'
+import { learnTransforms, transformSteps } from '../transform/learn'
 import type { Captured, CommonOptions } from './capture'
 import { requireModel } from './capture'
 import type { SideActivations } from './sample'
@@ -21,6 +25,11 @@ export interface LearnOptions extends CommonOptions, DeviceOptions {
   iterations?: number
   /** How the codecs were chosen, for the codebook's metadata: what `chooseCodecs` says. */
   chosen?: LearnedFrom['chosen'] | undefined
+  /**
+   * Steps beside the tables (docs/codebook.md), learned from the same sample; default none. `key.metric` and `value.metric` need fisher weights,
+   * `value.mix` makes the latter needless.
+   */
+  transforms?: readonly TransformStep[]
 }
 
 /** Shape of the rows of one layer and side. */
@@ -30,9 +39,6 @@ export interface SideShape {
   headDim: number
 }
 
-/** Of every layer and side, its parts one after another: float32 [heads][groups][centroids][groupChannels]. */
-export type LearnedTables = Record<Side, Float32Array[]>
-
 /**
  * Learns one codebook from captured activations, a layer and side after the other: a batch of weighted k-means problems, a problem
  * being a (kv head, group).
@@ -41,9 +47,9 @@ export async function learnCodebook(captured: Captured, options: LearnOptions): 
   requireObject(captured, 'captured')
   requireObject(options, 'options')
   requireModel(captured.model)
-  const tables: LearnedTables = { key: [], value: [] }
-  for await (const { side, table } of learnSides(captured, options)) tables[side].push(table)
-  return codebookOf(captured, options, tables)
+  const learned: LearnedSide[] = []
+  for await (const side of learnSides(captured, options)) learned.push(side)
+  return codebookOf(captured, options, learned)
 }
 
 export interface LearnedSide {
@@ -52,6 +58,7 @@ export interface LearnedSide {
   parts: readonly SidePart[]
   /** The parts one after another, float32 [heads][groups][centroids][groupChannels]. */
   table: Float32Array
+  transforms: SideTransforms
   /** Whether somebody had it already. */
   known: boolean
 }
@@ -63,6 +70,7 @@ export async function* learnSides(captured: Captured, options: LearnOptions,
   const { sample, model } = captured
   const { layers, kvHeads, headDim } = model.shape
   const codecs = codecsOf(options.codec, model.shape)
+  const steps = checkTransforms(options.transforms, captured)
   const shape = { tokens: sample.tokensKept, kvHeads, headDim }
   for (let layer = 0; layer < layers; layer++) {
     for (const side of sides) {
@@ -70,24 +78,77 @@ export async function* learnSides(captured: Captured, options: LearnOptions,
       const report = (share: number) => options.onProgress?.({ phase: 'learn', done: place + share, total: 2 * layers })
       const parts = sideParts(codecs[layer]!, side)
       const known = await readKnown?.(layer, side)
-      const table = known ?? await learnParts(await sample.side(layer, side), { ...shape, parts }, options, report)
-      yield { layer, side, parts, table, known: known !== undefined }
+      const activations = known === undefined || steps.length > 0 ? await sample.side(layer, side) : undefined
+      const transforms = activations && steps.length > 0
+        ? await learnTransforms({ ...shape, parts, rows: activations.rows, gradients: gradientsOf(activations, shape) }, side, steps)
+        : {}
+      const table = known ?? await learnParts(activations!, { ...shape, parts, transforms }, options, report)
+      yield { layer, side, parts, table, transforms, known: known !== undefined }
       report(1)
     }
   }
 }
 
+/** Weights of channels are gradients, as WeightWidth has it. */
+function gradientsOf({ rows, weights }: SideActivations, { tokens, kvHeads }: SideShape): Float32Array | undefined {
+  return weights && weights.length === rows.length && weights.length !== tokens * kvHeads ? weights : undefined
+}
+
+function checkTransforms(steps: readonly TransformStep[] = [], { weights }: Captured): readonly TransformStep[] {
+  const given: unknown = steps
+  if (!Array.isArray(given)) throwExpected('an array', 'transforms', given)
+  for (const step of steps) {
+    if (!transformSteps.includes(step))
+      throwExpected(transformSteps.map((name) => JSON.stringify(name)).join(', '), 'transforms', step, typeof step === 'string')
+    if (step !== 'value.mix' && weights !== 'fisher') throw rangeError(`Expected fisher weights for the transform "${step}" but received "${weights}"`)
+  }
+  return steps
+}
+
+interface PartsShape extends SideShape {
+  parts: readonly SidePart[]
+  transforms: SideTransforms
+}
+
 /** Every part gets what one codec for all heads would have given it. */
-async function learnParts(activations: SideActivations, { parts, ...shape }: SideShape & { parts: readonly SidePart[] }, options: LearnOptions,
+async function learnParts(activations: SideActivations, { parts, transforms, ...shape }: PartsShape, options: LearnOptions,
   onShare: (share: number) => void): Promise<Float32Array> {
+  const mixed = await mixSide(activations, transforms, shape)
   const table = new Float32Array(parts.reduce((sum, { heads, codec }) => sum + heads * shape.headDim * codec.centroids, 0))
-  let at = 0
+  let [at, matrix] = [0, 0]
   for (const part of parts) {
-    const learned = await learnTable(activations, { ...shape, ...part }, options, (share) => { onShare((part.firstHead + share * part.heads) / shape.kvHeads) })
+    const metric = transforms.metric?.subarray(matrix, matrix += part.heads * shape.headDim * part.codec.groupChannels)
+    const report = (share: number) => { onShare((part.firstHead + share * part.heads) / shape.kvHeads) }
+    const learned = await learnMeasured(mixed, { ...shape, ...part, metric }, options, report)
     table.set(learned, at)
     at += learned.length
   }
   return table
+}
+
+/** Centroids by which rows are near that are so under the metric. */
+async function learnMeasured(activations: SideActivations, { metric, ...place }: SideShape & SidePart & { metric: Float32Array | undefined },
+  options: Omit<LearnOptions, 'codec'>, onShare: (share: number) => void): Promise<Float32Array> {
+  if (metric === undefined) return learnTable(activations, place, options, onShare)
+  const { groupChannels } = place.codec
+  const own = { tokens: place.tokens, kvHeads: place.heads, headDim: place.headDim }
+  const measured = await measureSide(headsOf(activations, place), metric, { ...own, groupChannels })
+  return unmeasured(await learnTable(measured, { ...own, firstHead: 0, heads: place.heads, codec: place.codec }, options, onShare), metric, groupChannels)
+}
+
+/** Rows and gradients of some heads alone. */
+function headsOf({ rows, weights }: SideActivations, { tokens, kvHeads, firstHead, heads }: SideShape & SidePart): SideActivations {
+  if (heads === kvHeads) return { rows, weights }
+  const take = (data: Float32Array): Float32Array => {
+    const width = data.length / tokens / kvHeads
+    const out = resultArray(undefined, Float32Array, tokens * heads * width)
+    for (let token = 0; token < tokens; token++) {
+      const from = (token * kvHeads + firstHead) * width
+      out.set(data.subarray(from, from + heads * width), token * heads * width)
+    }
+    return out
+  }
+  return { rows: take(rows), weights: weights && take(weights) }
 }
 
 /** Centroids of some heads of one side of a layer, float32 [heads][groups][centroids][groupChannels]. */
@@ -125,26 +186,35 @@ export async function learnTable(activations: SideActivations, place: SideShape 
 }
 
 /** The codebook of tables that were learned from `captured`. */
-export function codebookOf({ model, weights, tokens, text }: Captured, options: LearnOptions, tables: LearnedTables): Codebook {
+export function codebookOf({ model, weights, tokens, text }: Captured, options: LearnOptions, learned: readonly LearnedSide[]): Codebook {
   const { iterations = 100, seed = 0, chosen } = options
   const { kvHeads, headDim, rotary } = model.shape
+  const ofSide = (side: Side) => learned.filter((one) => one.side === side)
+  const tables = (side: Side) => ofSide(side).map(({ table }) => table)
+  const every = (side: Side, member: keyof SideTransforms): Float32Array[] | undefined => {
+    const arrays = ofSide(side).flatMap(({ transforms }) => transforms[member] ?? [])
+    return arrays.length > 0 ? arrays : undefined
+  }
+  const transforms: Transforms = Object.fromEntries(Object.entries({
+    'key.metric': every('key', 'metric'), 'value.metric': every('value', 'metric'), 'value.mix': every('value', 'mix'), 'value.unmix': every('value', 'unmix'),
+  }).filter(([, arrays]) => arrays))
   return Codebook.fromTables({
-    keyTables: tables.key, valueTables: tables.value, codecs: codecsOf(options.codec, model.shape), kvHeads, headDim,
+    keyTables: tables('key'), valueTables: tables('value'), codecs: codecsOf(options.codec, model.shape), transforms, kvHeads, headDim,
     metadata: { rotary, model: model.fingerprint, learned: { weights, iterations, seed: String(seed), tokens, text, ...(chosen && { chosen }) } },
   })
 }
 
-/** Weights of heads as they are; those of channels summed over each group, [tokens][kvHeads][groups]. */
+/** Weights of heads as they are; squares of gradients summed over each group, [tokens][kvHeads][groups]. */
 export function groupWeights(weights: Float32Array | undefined, { tokens, kvHeads }: SideShape, groupChannels: number): Float32Array | undefined {
   if (weights === undefined || weights.length === tokens * kvHeads) return weights
   const sums = resultArray(undefined, Float32Array, weights.length / groupChannels)
   for (let group = 0; group < sums.length; group++) {
-    for (let channel = 0; channel < groupChannels; channel++) sums[group]! += weights[group * groupChannels + channel]!
+    for (let channel = 0; channel < groupChannels; channel++) sums[group]! += weights[group * groupChannels + channel]! ** 2
   }
   return sums
 }
 
-/** The weight of its group for every channel: float32 [tokens][kvHeads][headDim]. Weights of heads stay as they are. */
+/** For every channel the weight of its group, float32 [tokens][kvHeads][headDim]: squares of gradients, summed. Weights of heads stay as they are. */
 export function spreadWeights(weights: Float32Array | undefined, shape: SideShape, parts: readonly SidePart[]): Float32Array | undefined {
   const { tokens, kvHeads, headDim } = shape
   if (weights === undefined || weights.length === tokens * kvHeads) return weights
@@ -154,7 +224,7 @@ export function spreadWeights(weights: Float32Array | undefined, shape: SideShap
     const channels = channelsOf[row % kvHeads]!
     for (let first = row * headDim; first < (row + 1) * headDim; first += channels) {
       let sum = 0
-      for (let channel = first; channel < first + channels; channel++) sum += weights[channel]!
+      for (let channel = first; channel < first + channels; channel++) sum += weights[channel]! ** 2
       spread.fill(sum, first, first + channels)
     }
   }
@@ -162,7 +232,8 @@ export function spreadWeights(weights: Float32Array | undefined, shape: SideShap
 }
 
 /** @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT` for codecs that do not fit the model */
-export function codecsOf(given: LearnOptions['codec'] | null | undefined, { layers, kvHeads, headDim }: Omit<CodebookShape, 'codecs'>): LayerCodecs {
+export function codecsOf(given: LearnOptions['codec'] | null | undefined, model: Omit<CodebookShape, 'codecs' | 'transforms'>): LayerCodecs {
+  const { layers, kvHeads, headDim } = model
   if (given === null || given === undefined) throwExpected('a codec', 'codec', given)
   const shape = { layers, kvHeads, headDim }
   if (isByPart(given)) return readShape({ ...shape, codecs: given }).codecs

@@ -5,11 +5,13 @@ import { measure } from '../evaluate'
 import type { Side } from '../gradient/attention'
 import { sides } from '../gradient/attention'
 import { DecoderModel } from '../onnx/model'
+import type { SideTransforms } from '../transform/learn'
 import type { Captured, CommonOptions, WeightKind } from './capture'
 import { runForward } from './capture'
 import { CodedError } from './error'
+import type { LearnedSide } from './learn'
 import { spreadWeights } from './learn'
-import type { Activations, LayerRows } from './sample'
+import type { Activations, LayerRows, SideActivations } from './sample'
 
 /**
  * Squared error of codes as a share of the variance of what they code (0: nothing is lost; 1: as if every token had the mean), by the
@@ -92,6 +94,7 @@ const suffers = 1.5
 interface MeasuredSide {
   parts: readonly SidePart[]
   table: Float32Array
+  transforms: SideTransforms
   error: LayerError
   /** Without weights; of the tokens held out. */
   plain: number | undefined
@@ -109,20 +112,20 @@ export class Reporter {
   }
 
   /** Layers in ascending order. */
-  async add({ layer, side, parts, table }: { layer: number; side: Side; parts: readonly SidePart[]; table: Float32Array }): Promise<void> {
+  async add(coded: Pick<LearnedSide, 'layer' | 'side' | 'parts' | 'table' | 'transforms'>): Promise<void> {
+    const { layer, side, parts, table, transforms } = coded
     const { sample, heldOut } = this.#captured
     const measured = async (of: Activations, weighted: boolean) => {
       const { rows, weights } = await of.side(layer, side)
-      const error = this.#emptyError(parts, table)
-      await error.add({ rows, weights: weighted ? spreadWeights(weights, { tokens: of.tokensKept, ...this.#captured.model.shape }, parts) : undefined },
-        of.tokensKept, this.#options.signal)
+      const error = this.#emptyError(coded)
+      await this.#accumulate(error, { rows, weights: weighted ? weights : undefined }, of.tokensKept)
       return error
     }
     const learned = await measured(sample, true)
     const judged = heldOut && await measured(heldOut, true)
     const plain = heldOut && (this.#captured.weights === 'uniform' ? judged : await measured(heldOut, false))
     const error = { learned: learned.share, ...(judged && { heldOut: judged.share }), heads: (judged ?? learned).headShares }
-    this.#measured[side].push({ parts, table, error, plain: plain?.share })
+    this.#measured[side].push({ parts, table, transforms, error, plain: plain?.share })
   }
 
   /**
@@ -152,14 +155,14 @@ export class Reporter {
   }
 
   async #distance(model: DecoderModel, texts: readonly (readonly number[])[]): Promise<number> {
-    const errors = sides.flatMap((side) => this.#measured[side].map(({ parts, table, plain }, layer) =>
-      ({ layer, side, plain: plain!, error: this.#emptyError(parts, table) })))
+    const errors = sides.flatMap((side) => this.#measured[side].map((measured, layer) =>
+      ({ layer, side, plain: measured.plain!, error: this.#emptyError(measured) })))
     for (const tokens of texts) {
       const { rows } = await runForward(model, tokens, 'uniform', this.#options.signal)
       for (const { layer, side, error } of errors) {
         const { kvHeads, headDim } = model.shape
         const given = { rows: contiguous(rows[side][layer]!, tokens.length, kvHeads * headDim), weights: undefined }
-        await error.add(given, tokens.length, this.#options.signal)
+        await this.#accumulate(error, given, tokens.length)
       }
     }
     const heldOut = mean(errors.map(({ plain }) => plain))
@@ -188,9 +191,15 @@ export class Reporter {
     })
   }
 
-  #emptyError(parts: readonly SidePart[], table: Float32Array): CodedError {
+  #emptyError(coded: Pick<LearnedSide, 'parts' | 'table' | 'transforms'>): CodedError {
     const { kvHeads, headDim } = this.#captured.model.shape
-    return new CodedError({ kvHeads, headDim, parts, table, threads: this.#options.threads })
+    return new CodedError({ kvHeads, headDim, parts: coded.parts, table: coded.table, transforms: coded.transforms, threads: this.#options.threads })
+  }
+
+  async #accumulate(error: CodedError, side: SideActivations, tokens: number): Promise<void> {
+    const { rows, weights } = await error.mixed(side, tokens)
+    const spread = spreadWeights(weights, { tokens, ...this.#captured.model.shape }, error.parts)
+    await error.add({ rows, weights: spread }, tokens, this.#options.signal)
   }
 }
 

@@ -29,8 +29,8 @@ export interface SideActivations {
   /** float32 [tokensKept][kvHeads][headDim], keys before rotary embedding. */
   readonly rows: Float32Array
   /**
-   * float32 [tokensKept][kvHeads]: one weight for all groups of a head; or [tokensKept][kvHeads][headDim]: the weight of a group is the
-   * sum over its channels. undefined: all alike.
+   * float32 [tokensKept][kvHeads]: one weight for all groups of a head; or gradients, [tokensKept][kvHeads][headDim]: the weight of a
+   * group is the sum of their squares over its channels. undefined: all alike.
    */
   readonly weights: Float32Array | undefined
 }

@@ -1,11 +1,13 @@
 import { access, constants } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { Command, InvalidArgumentError, Option } from 'commander'
-import { calibrate, type CalibrationProgress, type CalibrationReport, type PredictedText, type TextInput, type WeightKind } from '../calibrate'
+import type { CalibrationProgress, CalibrationReport, PredictedText, TextInput, TransformStep, TriedRecipe, WeightKind } from '../calibrate'
+import { calibrate } from '../calibrate'
 import { removeCheckpoint } from '../calibrate/checkpoint'
 import type { Codebook } from '../codebook'
 import type { DeviceName } from '../device'
 import { writeAtomically } from '../files'
+import { transformSteps } from '../transform/learn'
 import { codecName, deviceIndexOption, deviceOption, integer, lengthOption, modelOption, positiveNumber, seedOption, threadsOption } from './options'
 import { Progress } from './progress'
 
@@ -23,6 +25,8 @@ interface Flags {
   window?: number
   weights: WeightKind
   gradients?: string
+  recipe: 'plain' | 'best'
+  transforms?: TransformStep[]
   points: number
   heldOut: number
   iterations: number
@@ -54,6 +58,9 @@ export function calibrateCommand(signal: AbortSignal): Command {
     .addOption(new Option('--sinks <tokens>', 'with --bits: as the codebook will be used (default: 4)').argParser(integer(0)))
     .addOption(new Option('--window <tokens>', 'with --bits: as the codebook will be used (default: 32)').argParser(integer(0)))
     .addOption(new Option('--weights <kind>', 'importance of a token').choices(['uniform', 'attention', 'fisher']).default('attention'))
+    .addOption(new Option('--recipe <name>', 'best: tries weights and transforms, and keeps what predicts text held out best')
+      .choices(['plain', 'best']).default('plain'))
+    .addOption(new Option('--transforms <names>', `steps beside the tables, by commas: ${transformSteps.join(', ')}`).argParser(steps))
     .option('--gradients <file>', 'for fisher weights: gradients of this text, computed elsewhere (docs/gradients.md)')
     .addOption(new Option('--points <count>', 'tokens kept for learning, a uniform sample').default(32768).argParser(integer(1)))
     .addOption(new Option('--held-out <share>', 'share of the text to judge by and not to learn from, 0 to 0.5').default(0.1).argParser(share))
@@ -75,7 +82,7 @@ export function calibrateCommand(signal: AbortSignal): Command {
       }
       try {
         for (const file of [out, reportFile ?? out]) await access(dirname(resolve(file)), constants.W_OK) // said before hours of learning, not after
-        const { codebook, report } = await calibrate({
+        const { codebook, report, tried } = await calibrate({
           ...rest,
           ...(bits === undefined ? { codec } : { bits, choose }),
           text: inputs(text),
@@ -86,10 +93,12 @@ export function calibrateCommand(signal: AbortSignal): Command {
         })
         progress.stop()
         await codebook.save(out)
-        if (reportFile !== undefined) await writeAtomically(reportFile, [new TextEncoder().encode(`${JSON.stringify(report, null, 2)}\n`)])
-        await removeCheckpoint(checkpoint)
+        if (reportFile !== undefined) await writeAtomically(reportFile, [new TextEncoder().encode(`${JSON.stringify({ ...report, ...(tried && { tried }) }, null, 2)}\n`)])
+        for (const folder of [checkpoint, ...(tried ?? []).map(({ weights }) => `${checkpoint}.${weights}`)]) await removeCheckpoint(folder)
         console.log(`${out}: ${codecNames(report)}, ${codebook.layers} layers, ${codebook.kvHeads} kv heads, headDim ${codebook.headDim}`)
         printChoice(codebook)
+        if (codebook.transforms.length > 0) console.log(`transforms      ${codebook.transforms.join(', ')}`)
+        if (tried) printTried(tried)
         print(report)
         codebook.dispose()
       } finally {
@@ -109,6 +118,22 @@ function printChoice({ codecs, metadata: { learned } }: Codebook): void {
     })
     console.log(`layer ${layer}${' '.repeat(Math.max(1, 10 - String(layer).length))}${lines.join('; ')}`)
   })
+}
+
+function steps(text: string): TransformStep[] {
+  return text.split(',').map((name) => {
+    const step = transformSteps.find((known) => known === name.trim())
+    if (step === undefined) throw new InvalidArgumentError(`Expected names of ${transformSteps.join(', ')}.`)
+    return step
+  })
+}
+
+function printTried(tried: readonly TriedRecipe[]): void {
+  const least = Math.min(...tried.map(({ codedLoss }) => codedLoss))
+  for (const { weights, transforms, codedLoss, perplexity } of tried) {
+    const name = [weights, ...transforms].join(' + ')
+    console.log(`tried           ${name.padEnd(36)} perplexity ${Math.exp(codedLoss).toFixed(4)} with every token coded, ${perplexity.toFixed(4)} with window 32, sinks 4${codedLoss === least ? '  <- chosen' : ''}`)
+  }
 }
 
 function textOption(flags: string, description: string): Option {

@@ -1,4 +1,5 @@
-import type { Codec, HeadCodecs, LayerCodecs } from '../codec'
+import type { Codebook } from '../codebook'
+import type { Codec } from '../codec'
 import type { NativeFeed } from '../native/onnxruntime'
 import type { ModelShape } from '../onnx/decoder'
 import { openDecoder } from '../onnx/decoder'
@@ -16,7 +17,8 @@ import { GraphSession } from './session'
 export type Tables = Record<Side, Float32Array[]>
 
 export interface CodedGradientOptions {
-  codecs: LayerCodecs
+  /** Whose codecs and transforms they are; its tables are given with every run. */
+  codebook: Codebook
   /** Tokens in full precision, as evaluate has them. */
   sinks: number
   window: number
@@ -41,19 +43,21 @@ interface CodedPart {
   /** float32 [groups of its heads][centroids][groupChannels]: place in the table of its layer and side. */
   begin: number
   end: number
+  /** float32 [groups of its heads][groupChannels][groupChannels]: what is near; undefined: the plain distance. */
+  metric: Float32Array | undefined
 }
 
 const tablesName = ({ layer, side, firstHead }: CodedPart): string => `${rowsName(layer, side)}.tables.${firstHead}`
 const codesName = ({ layer, side, firstHead }: CodedPart): string => `${rowsName(layer, side)}.codes.${firstHead}`
 
-function codedParts(codecs: LayerCodecs, headDim: number): CodedPart[] {
-  return codecs.flatMap((parts, layer) => sides.flatMap((side) => {
+function codedParts(codebook: Codebook): CodedPart[] {
+  return codebook.codecs.flatMap((_, layer) => sides.flatMap((side) => {
     let end = 0
-    return parts.map(({ firstHead, heads, ...part }: HeadCodecs): CodedPart => {
-      const codec = side === 'key' ? part.keyCodec : part.valueCodec
+    return codebook.parts(layer).map(({ firstHead, heads, ...part }): CodedPart => {
+      const [codec, metric] = side === 'key' ? [part.keyCodec, part.keyMetric] : [part.valueCodec, part.valueMetric]
       const begin = end
-      end += heads * headDim * codec.centroids
-      return { layer, side, firstHead, heads, codec, begin, end }
+      end += heads * codebook.headDim * codec.centroids
+      return { layer, side, firstHead, heads, codec, begin, end, metric: metric?.slice() }
     })
   }))
 }
@@ -80,13 +84,15 @@ export class CodedGradientModel {
   }
 
   /** @throws {CoupletError} `ERR_COUPLET_UNSUPPORTED_MODEL` naming the node through which couplet cannot compute a gradient */
-  static async load(path: string, { codecs, sinks, window, threads = 0 }: CodedGradientOptions): Promise<CodedGradientModel> {
+  static async load(path: string, { codebook, sinks, window, threads = 0 }: CodedGradientOptions): Promise<CodedGradientModel> {
     const decoder = await openDecoder(path)
     const { graph, folder, layers, shape, fingerprint } = decoder
-    const parts = codedParts(codecs, shape.headDim)
+    const parts = codedParts(codebook)
     const coded = (build: GraphBuilder, layer: number, side: Side, rows: string) => {
       const own = parts.filter((part) => part.layer === layer && part.side === side)
-      return addCoding(build, { rows, headDim: shape.headDim, parts: own, output: codedName(layer, side) })
+      const site = { rows, headDim: shape.headDim, parts: own, output: codedName(layer, side) }
+      const [mix, unmix] = side === 'value' ? [codebook.transform('value.mix', layer), codebook.transform('value.unmix', layer)] : []
+      return mix && unmix ? addMixed(build, site, mix.slice(), unmix.slice()) : addCoding(build, site)
     }
     const attentionFeeds = expandAttention(graph, layers, { coded, sinks, window })
     const build = new GraphBuilder(graph, 'couplet.loss')
@@ -145,6 +151,17 @@ interface CodingSite {
   output: string
 }
 
+/** The same of values that are coded as v M and read as what M' makes of their codes, matrices [kvHeads][headDim][headDim]. */
+function addMixed(build: GraphBuilder, site: CodingSite, mix: Float32Array, unmix: Float32Array): string {
+  const { rows, headDim } = site
+  const through = (value: string, matrices: Float32Array) => {
+    const heads = build.floats(matrices, [matrices.length / headDim ** 2, headDim, headDim])
+    const headsFirst = build.add('Transpose', [value], { attributes: { perm: [0, 2, 1, 3] } })
+    return build.add('Transpose', [build.add('MatMul', [headsFirst, heads])], { attributes: { perm: [0, 2, 1, 3] } })
+  }
+  return through(addCoding(build, { ...site, rows: through(rows, mix) }), unmix)
+}
+
 /** rows [texts][tokens][kvHeads][headDim] -> what their codes stand for, part by part. */
 function addCoding(build: GraphBuilder, { rows, headDim, parts, output }: CodingSite): string {
   if (parts.length === 1) return addNearest(build, { part: parts[0]!, headDim, rows, outputs: [output] })
@@ -172,7 +189,11 @@ function addNearest(build: GraphBuilder, { part, headDim, rows, outputs }: Neare
   const swap = (value: string) => build.add('Transpose', [value], { attributes: { perm: [1, 0, 2] } })
   const points = swap(build.add('Reshape', [rows, build.integers([-1, groups, groupChannels])]))
   const mean = build.reduce('ReduceMean', tables, [1])
-  const [centered, near] = [tables, points].map((value) => build.add('Sub', [value, mean])) as [string, string]
+  const metric = part.metric && build.add('Transpose', [build.floats(part.metric, [groups, groupChannels, groupChannels])], { attributes: { perm: [0, 2, 1] } })
+  const [centered, near] = [tables, points].map((value) => {
+    const difference = build.add('Sub', [value, mean])
+    return metric === undefined ? difference : build.add('MatMul', [difference, metric])
+  }) as [string, string]
   const append = (value: string, column: string) => build.add('Concat', [value, column], { attributes: { axis: 2 } })
   const norms = build.reduce('ReduceSum', build.add('Mul', [centered, centered]), [2])
   const counts = build.add('Slice', [build.add('Shape', [near]), build.integers([0]), build.integers([2])])

@@ -26,6 +26,12 @@ export interface NativeCodebookArguments extends NativeDevice {
   codecs: readonly (readonly { heads: number; keyCodec: NativeCodec; valueCodec: NativeCodec }[])[]
   keyTables: Float32Array[]
   valueTables: Float32Array[]
+  /** Likewise [heads][groups][groupChannels][groupChannels]. */
+  keyMetrics?: Float32Array[] | undefined
+  valueMetrics?: Float32Array[] | undefined
+  /** Likewise [kvHeads][headDim][headDim], both or none. */
+  valueMixes?: Float32Array[] | undefined
+  valueUnmixes?: Float32Array[] | undefined
 }
 
 /** couplet_rotary_params: theta, or cos and sin of [positions][dim / 2]. Copied. */

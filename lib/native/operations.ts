@@ -52,6 +52,8 @@ export interface NativeTablesArguments extends NativeDevice {
   headDim: number
   /** [kvHeads][groups][centroids][groupChannels] */
   tables: Float32Array
+  /** [kvHeads][groups][groupChannels][groupChannels] */
+  metric?: Float32Array | undefined
 }
 
 /** couplet_encode_params and couplet_decode_params, and the table_params of their table; strides in elements. */

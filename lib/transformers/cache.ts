@@ -111,13 +111,19 @@ export class CoupledCache {
     const layers = [...new Set(names.map((name) => Number(ENTRY.exec(name)![1])))].sort((a, b) => a - b)
     const [, kvHeads = 0, , headDim = 0] = entries[names[0]!]!.dims
     codebook.check({ layers: layers.length, kvHeads, headDim })
+    if (codebook.transforms.includes('value.mix'))
+      throw unsupported('this codebook mixes values (value.mix), which CoupledCache does not do; a model that couplet can rewrite does')
     for (const name of names) {
       const [, number, side] = ENTRY.exec(name)!
       const layer = layers.indexOf(Number(number))
       const isKey = side === 'key'
       this.#entries.set(name, new CodedEntry(name, entries[name]!, {
-        parts: codebook.parts(layer).map(({ firstHead, heads, keyCodec, keyTable, valueCodec, valueTable }) =>
-          ({ firstHead, heads, ...(isKey ? { codec: keyCodec, table: keyTable } : { codec: valueCodec, table: valueTable }) })),
+        parts: codebook.parts(layer).map(({ firstHead, heads, ...part }) => ({
+          firstHead, heads,
+          ...(isKey
+            ? { codec: part.keyCodec, table: part.keyTable, metric: part.keyMetric }
+            : { codec: part.valueCodec, table: part.valueTable, metric: part.valueMetric }),
+        })),
         rotation: isKey ? this.#rotation : undefined,
         sinks, window, padding, threads,
       }))

@@ -27,6 +27,8 @@ export interface EntryPart {
   readonly codec: Codec
   /** float32 [heads][groups][centroids][groupChannels] */
   readonly table: Float32Array
+  /** What is near, float32 [heads][groups][groupChannels][groupChannels]; undefined: the plain distance. */
+  readonly metric: Float32Array | undefined
 }
 
 /** How the rows of an entry are coded. */
@@ -188,10 +190,10 @@ export class CodedEntry {
   #parts(row: number, first: number, pages: number): { firstHead: number; codes: Uint8Array; call: Omit<DecodeSyncOptions, 'out'> }[] {
     const { channels } = this.#shape
     const { parts, threads } = this.#coding
-    return parts.map(({ firstHead, heads, codec, table }, index) => {
+    return parts.map(({ firstHead, heads, codec, table, metric }, index) => {
       const [begin, end] = [first * this.#pageBytes[index]!, (first + pages) * this.#pageBytes[index]!]
       const codes = this.#codes[row]![index] = grown(this.#codes[row]![index]!, end)
-      const call = { tables: table, codec, tokens: pages * PAGE_TOKENS, kvHeads: heads, headDim: channels, tokenStride: channels, threads }
+      const call = { tables: table, metric, codec, tokens: pages * PAGE_TOKENS, kvHeads: heads, headDim: channels, tokenStride: channels, threads }
       return { firstHead, codes: codes.subarray(begin, end), call }
     })
   }

@@ -33,10 +33,15 @@ size_t floats_of(const couplet_table_params& params) {
   return product({params.kv_heads, params.head_dim, couplet_codec_centroids(params.codec)});
 }
 
+size_t metric_floats_of(const couplet_table_params& params) {
+  return product({params.kv_heads, params.head_dim, params.codec.group_channels});
+}
+
 class PrepareWorker : public DeviceWorker {
  public:
   explicit PrepareWorker(const Options& options) : DeviceWorker(options), params_(read_shape(options)) {
     params_.centroids = pin(options.array<float>("tables", floats_of(params_)));
+    if (options.has("metric")) params_.metric = pin(options.array<float>("metric", metric_floats_of(params_)));
   }
 
  protected:
@@ -131,6 +136,7 @@ class CodesWorker : public DeviceWorker {
     if (!is_memory(value)) {
       if (has_stream()) throw_expected(env(), "PreparedTables, as the call has a `stream`,", "tables", value);
       shape_.centroids = pin(options.array<float>("tables", floats_of(shape_)));
+      if (options.has("metric")) shape_.metric = pin(options.array<float>("metric", metric_floats_of(shape_)));
       return;
     }
     prepared_ = read_tables(value, "tables");

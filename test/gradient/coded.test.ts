@@ -6,6 +6,7 @@ import type { CodedBatch, Tables } from '../../lib/gradient/coded'
 import { CodedGradientModel } from '../../lib/gradient/coded'
 import { DecoderModel } from '../../lib/onnx/model'
 import { ids, temporaryFolder } from '../onnx/files'
+import { randomTransforms } from '../transform/samples'
 import type { DecoderShape } from '../onnx/graphs'
 import { decoder, normals } from '../onnx/graphs'
 
@@ -24,7 +25,9 @@ function randomTables(): Tables {
   return { key: tables('keyCodec'), value: tables('valueCodec') }
 }
 
-const bookOf = ({ key, value }: Tables): Codebook => Codebook.fromTables({ keyTables: key, valueTables: value, codecs, kvHeads, headDim })
+const bookOf = ({ key, value }: Tables, isTransformed: boolean): Codebook => Codebook.fromTables({
+  keyTables: key, valueTables: value, codecs, kvHeads, headDim, ...(isTransformed && { transforms: randomTransforms(codecs, headDim) }),
+})
 
 const logProbabilities = (logits: Float32Array): number[] => {
   const most = Math.max(...logits)
@@ -46,17 +49,18 @@ describe('gradient of the centroids', function () {
     return Float32Array.from(parts)
   }
 
-  const forms: [name: string, shape: DecoderShape, window: number, sinks: number][] = [
+  const forms: [name: string, shape: DecoderShape, window: number, sinks: number, isTransformed?: boolean][] = [
     ['every token coded', {}, 0, 0],
     ['a window and sinks', { seed: 3 }, 3, 2], // seed 1 has a token so near to two centroids that it changes its code
     ['sinks alone, a softcap, a local window', { softcap: 3, localWindow: 6 }, 0, 1],
     ['packed, interleaved, attention sinks', { seed: 4, packed: true, interleaved: true, headSinks: Float32Array.of(1, -1, 0, 2) }, 2, 0],
+    ['metrics and mixed values', { seed: 6 }, 2, 1, true],
   ]
-  for (const [name, shape, window, sinks] of forms) {
+  for (const [name, shape, window, sinks, isTransformed = false] of forms) {
     it(`is that of the KL divergence of the model on codes: ${name}`, async () => {
       const path = folder.save(decoder({ layers, kvHeads, headDim, vocabulary, ...shape }))
       const tables = randomTables()
-      using codebook = bookOf(tables)
+      using codebook = bookOf(tables, isTransformed)
       using exact = await DecoderModel.load(path, { threads: 1 })
       using coded = await DecoderModel.load(path, { codebook, window, sinks, threads: 1 })
       const batch: CodedBatch = { texts, logits: await logitsOf(exact, 'exact') }
@@ -67,7 +71,7 @@ describe('gradient of the centroids', function () {
         p!.forEach((log, i) => { divergence += Math.exp(log) * (log - q![i]!) / texts.length / tokens })
       }
 
-      using model = await CodedGradientModel.load(path, { codecs, window, sinks, threads: 1 })
+      using model = await CodedGradientModel.load(path, { codebook, window, sinks, threads: 1 })
       const zeros = (all: Float32Array[]) => all.map(({ length }) => new Float32Array(length))
       const gradients = { key: zeros(tables.key), value: zeros(tables.value) }
       const loss = await model.run(batch, tables, { gradients })
@@ -95,7 +99,7 @@ describe('gradient of the centroids', function () {
     using codebook = Codebook.fromTables({ keyTables: tables.key, valueTables: tables.value, codecs: uniform, kvHeads, headDim })
     using exact = await DecoderModel.load(path, { threads: 1 })
     using coded = await DecoderModel.load(path, { codebook, window: 0, sinks: 0, threads: 1 })
-    using model = await CodedGradientModel.load(path, { codecs: uniform, window: 0, sinks: 0, threads: 1 })
+    using model = await CodedGradientModel.load(path, { codebook, window: 0, sinks: 0, threads: 1 })
     const own: CodedBatch = { texts, logits: await logitsOf(coded, 'coded') }
     assert.ok(await model.run(own, tables) < 1e-4, 'the divergence from its own logits on codes is 0')
     assert.ok(await model.run({ texts, logits: await logitsOf(exact, 'exact') }, tables) > 0.1)

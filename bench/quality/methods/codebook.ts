@@ -7,6 +7,7 @@ import { readFileSync } from 'node:fs'
 import path from 'node:path'
 import { Codebook } from '../../../lib/codebook'
 import { meanBits } from '../../../lib/codec'
+import { mixRows } from '../../../lib/transform/apply'
 import type { Method, Quantizer } from './method'
 import { toCentroids } from './product'
 
@@ -27,11 +28,21 @@ export function codebookFile(file: string): Method & { identity: string } {
       const parts = Array.from({ length: layers }, (_, layer) => codebook.parts(layer))
       return Promise.resolve({
         tableBytes: parts.flat().reduce((sum, { keyTable, valueTable }) => sum + keyTable.byteLength + valueTable.byteLength, 0),
-        quantize: ({ data, tokens, channels }, { layer, side }) => parts[layer]!.reduce((coded, { firstHead, heads, ...part }) => {
-          const own = data.subarray(firstHead * tokens * channels, (firstHead + heads) * tokens * channels)
-          const tables = side === 'key' ? { codec: part.keyCodec, data: part.keyTable } : { codec: part.valueCodec, data: part.valueTable }
-          return coded + toCentroids({ data: own, heads, tokens, channels }, tables, threads)
-        }, 0),
+        quantize: ({ data, tokens, channels }, { layer, side }) => {
+          const mix = (name: 'value.mix' | 'value.unmix') => {
+            const matrices = side === 'value' ? codebook.transform(name, layer) : undefined
+            if (matrices) mixRows(data, matrices, { tokens, channels })
+          }
+          mix('value.mix')
+          const bitsCoded = parts[layer]!.reduce((coded, { firstHead, heads, ...part }) => {
+            const own = data.subarray(firstHead * tokens * channels, (firstHead + heads) * tokens * channels)
+            const tables = side === 'key' ? { codec: part.keyCodec, data: part.keyTable, metric: part.keyMetric }
+              : { codec: part.valueCodec, data: part.valueTable, metric: part.valueMetric }
+            return coded + toCentroids({ data: own, heads, tokens, channels }, tables, threads)
+          }, 0)
+          mix('value.unmix')
+          return bitsCoded
+        },
       })
     },
   }

@@ -8,6 +8,8 @@ import type { Rows } from './method'
 export interface Tables {
   readonly codec: Codec
   readonly data: Float32Array
+  /** What is near, as `encode` takes it. */
+  readonly metric?: Float32Array | undefined
 }
 
 export async function learnTables(rows: Rows, name: string, { threads, iterations = 30 }: { threads: number; iterations?: number }): Promise<Tables> {
@@ -29,7 +31,7 @@ export function toCentroids({ data, heads, tokens, channels }: Rows, tables: Tab
   if (tokens === 0) return 0
   const shape = { codec: tables.codec, tokens, kvHeads: heads, headDim: channels }
   const layout = { ...shape, tables: tables.data, tokenStride: channels, headStride: tokens * channels, threads }
-  const codes = encodeSync(data, layout)
+  const codes = encodeSync(data, { ...layout, metric: tables.metric })
   decodeSync(codes, { ...layout, out: data })
   return data.length * tables.codec.bitsPerChannel
 }

@@ -1,0 +1,107 @@
+/** Transforms of one layer and side from its activations (docs/algorithm.md, decision 5). */
+import { setImmediate } from 'node:timers/promises'
+import type { SidePart } from '../codec'
+import { balancedOrder } from './grouping'
+import type { RowSet } from './matrix'
+import { eigen, identity, product, secondMoment, squareRoot, transposed } from './matrix'
+
+/** Steps that can be learned; `value.mix` brings its inverse with it. */
+export type TransformStep = 'key.metric' | 'value.metric' | 'value.mix'
+export const transformSteps: readonly TransformStep[] = ['key.metric', 'value.metric', 'value.mix']
+
+/** Rows of one layer and side, float32 [tokens][kvHeads][headDim], and the gradients of the loss by them where they are known. */
+export interface TransformSource {
+  rows: Float32Array
+  gradients: Float32Array | undefined
+  tokens: number
+  kvHeads: number
+  headDim: number
+  /** They cover all heads. */
+  parts: readonly SidePart[]
+}
+
+/** What was learned for a layer and side: float32, heads first, as a codebook has it. */
+export interface SideTransforms {
+  metric?: Float32Array
+  mix?: Float32Array
+  unmix?: Float32Array
+}
+
+/** Correlations of gradients are trusted by so much: a sample has noise, and matrices stay well-conditioned. */
+const trust = 0.95
+
+/** Of the steps those that belong to the side; a metric needs gradients, and mixed values need none: their directions are equally important. */
+export async function learnTransforms(source: TransformSource, side: 'key' | 'value', steps: readonly TransformStep[]): Promise<SideTransforms> {
+  const { kvHeads, headDim, gradients } = source
+  const ofHeads = async <Learned>(learn: (head: number) => Learned): Promise<Learned[]> => {
+    const learned: Learned[] = []
+    for (let head = 0; head < kvHeads; head++) {
+      learned.push(learn(head))
+      await setImmediate() // a head of 128 channels takes a second
+    }
+    return learned
+  }
+  if (side === 'value' && steps.includes('value.mix')) {
+    const mixings = await ofHeads((head) => learnMixing(source, head))
+    return { mix: joined(mixings.map(({ mix }) => mix)), unmix: joined(mixings.map(({ unmix }) => unmix)) }
+  }
+  if (!steps.includes(`${side}.metric`) || gradients === undefined) return {}
+  const metricOf = (head: number) => learnMetric(importance(rowsOf(source, gradients, head), headDim), headDim, codecOf(source, head).groupChannels)
+  return { metric: joined(await ofHeads(metricOf)) }
+}
+
+/** Square roots of the blocks of a head's importance that belong to one group: [groups][groupChannels][groupChannels]. */
+function learnMetric(weights: Float64Array, headDim: number, groupChannels: number): Float64Array {
+  const out = new Float64Array(headDim * groupChannels)
+  for (let first = 0; first < headDim; first += groupChannels) {
+    const block = new Float64Array(groupChannels ** 2)
+    for (let i = 0; i < groupChannels; i++) {
+      for (let j = 0; j < groupChannels; j++) block[i * groupChannels + j] = weights[(first + i) * headDim + first + j]!
+    }
+    out.set(squareRoot(block, groupChannels, 1e-4).root, first * groupChannels)
+  }
+  return out
+}
+
+/**
+ * With W the importance (identity where gradients are not known) and C the covariance of a head's values, S = W^1/2: the
+ * eigenvectors of S C S are directions that neither correlate nor share importance; a value enters as its coordinates along them. They are
+ * then dealt out to groups so that codes of equally many bits have equally much to say.
+ */
+function learnMixing(source: TransformSource, head: number): { mix: Float64Array; unmix: Float64Array } {
+  const { headDim, gradients, rows } = source
+  const weights = gradients ? importance(rowsOf(source, gradients, head), headDim) : identity(headDim)
+  const covariance = secondMoment(rowsOf(source, rows, head), true)
+  const { root, inverse } = squareRoot(weights, headDim, 1e-4)
+  const { values, vectors } = eigen(product(product(root, covariance, headDim), root, headDim), headDim)
+  const order = balancedOrder(values, codecOf(source, head))
+  const directions = new Float64Array(headDim ** 2)
+  order.forEach((from, to) => { directions.set(vectors.subarray(from * headDim, (from + 1) * headDim), to * headDim) })
+  // In columns: y = D S x and x = S^-1 D' y. Rows are mixed, so that both are transposed.
+  return { mix: product(root, transposed(directions, headDim), headDim), unmix: product(directions, inverse, headDim) }
+}
+
+const codecOf = ({ parts }: TransformSource, head: number) => parts.find(({ firstHead, heads }) => head < firstHead + heads)!.codec
+
+/** Mean of g gᵀ, its diagonal 1 on the average. */
+function importance(gradients: RowSet, headDim: number): Float64Array {
+  const moment = secondMoment(gradients, false)
+  let mean = 0
+  for (let i = 0; i < headDim; i++) mean += moment[i * headDim + i]! / headDim
+  if (!(mean > 0)) return identity(headDim)
+  return moment.map((entry, at) => (entry / mean) * (at % (headDim + 1) === 0 ? 1 : trust))
+}
+
+function rowsOf({ tokens, kvHeads, headDim }: TransformSource, data: Float32Array, head: number): RowSet {
+  return { data, first: head * headDim, stride: kvHeads * headDim, count: tokens, channels: headDim }
+}
+
+function joined(parts: readonly Float64Array[]): Float32Array {
+  const out = new Float32Array(parts.reduce((sum, { length }) => sum + length, 0))
+  let at = 0
+  for (const part of parts) {
+    out.set(part, at)
+    at += part.length
+  }
+  return out
+}

@@ -83,13 +83,13 @@ bool has_body([[maybe_unused]] void (*kernel)(Parameters...)) {
 #endif
 }
 
-// Enqueues `kernel` on `stream`. Allocates nothing and waits for nothing, so that it can be captured in a graph.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Arguments&&... arguments) {
+cudaError_t enqueue(bool early, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                    cudaStream_t stream, Arguments&&... arguments) {
   static_assert((std::is_trivially_copyable_v<Parameters> && ...), "kernels take plain values and structs");
   static_assert((sizeof(Parameters) + ... + 0) <= most_argument_bytes);
 #ifdef GPU_SIM
+  static_cast<void>(early);
   return sim::enqueue(kernel, grid, block, shared_bytes, stream,
                       static_cast<Parameters>(static_cast<Arguments&&>(arguments))...);
 #else
@@ -98,12 +98,52 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (refused != cudaSuccess) return refused;
   }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t configuration{};
   configuration.gridDim = grid;
   configuration.blockDim = block;
   configuration.dynamicSmemBytes = shared_bytes;
   configuration.stream = stream;
+  configuration.attrs = &attribute;
+  configuration.numAttrs = early ? 1 : 0;
   return cudaLaunchKernelEx(&configuration, kernel, static_cast<Arguments&&>(arguments)...);
+#endif
+}
+
+// Enqueues `kernel` on `stream`. Allocates nothing and waits for nothing, so that it can be captured in a graph.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  return enqueue(false, kernel, grid, block, shared_bytes, stream, static_cast<Arguments&&>(arguments)...);
+}
+
+// Likewise; but from compute capability 9.0 on its blocks may start while the kernel before it on the stream is still running, once
+// all blocks of that one have called let_next_start() or ended. Each block calls wait_for_last() before it reads what kernels before it
+// wrote, before it writes what they read, and before it ends.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                         Arguments&&... arguments) {
+  bool early = false;
+#ifndef GPU_SIM
+  int device = 0;
+  int major = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess)
+    early = major >= 9;
+#endif
+  return enqueue(early, kernel, grid, block, shared_bytes, stream, static_cast<Arguments&&>(arguments)...);
+}
+
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_last() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

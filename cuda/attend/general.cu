@@ -220,6 +220,8 @@ __global__ void __launch_bounds__(threads, 2) general_decode(Step const step) {
   GPU_DYNAMIC_SHARED(float, dynamic);
   GPU_SHARED(fixed, Fixed);
   Shared const shared = shared_of(dynamic, &fixed, step.params.head_dim);
+  gpu::let_next_start();
+  gpu::wait_for_last();
   Ranges const ranges(step);
   int64_t const end = ranges.begin(blockIdx.x + 1);
   for (int64_t at = ranges.begin(blockIdx.x); at < end;) {
@@ -249,7 +251,7 @@ size_t shared_bytes(const Step& step) {
 
 // ---- launchers -------------------------------------------------------------------------------------------------------------
 cudaError_t launch_general_decode(const Step& step, cudaStream_t stream) {
-  return gpu::launch(general_decode, step.blocks, threads, shared_bytes(step), stream, step);
+  return gpu::launch_early(general_decode, step.blocks, threads, shared_bytes(step), stream, step);
 }
 
 }  // namespace couplet::cuda::attend

@@ -5,12 +5,13 @@ namespace couplet::cuda::attend {
 namespace {
 
 constexpr int plan_threads = 256;
-constexpr int merge_threads = 128;
+constexpr int merge_threads = 512;  // an element each of 4 rows of 128
 
 // ---- kernels ---------------------------------------------------------------------------------------------------------------
 // [sequence_count] sequences -> running sums of their units and row blocks.
 __global__ void __launch_bounds__(plan_threads) plan(Step const step) {
   GPU_SHARED(warp_sums, int2[plan_threads / 32]);
+  gpu::let_next_start();
   int const lane = threadIdx.x % 32;
   int const warp = threadIdx.x / 32;
   int2 total{0, 0};  // of the sequences before this round
@@ -54,6 +55,7 @@ __global__ void __launch_bounds__(plan_threads) plan(Step const step) {
 
 // One item a block. Slots of item i are those of the blocks whose ranges meet its units; added in their order.
 __global__ void __launch_bounds__(merge_threads) merge(Step const step) {
+  gpu::wait_for_last();
   int const sequences = step.params.sequence_count;
   int const index = static_cast<int>(blockIdx.x) % sequences;
   int const head_block = static_cast<int>(blockIdx.x) / sequences;
@@ -98,7 +100,7 @@ cudaError_t launch_plan(const Step& step, cudaStream_t stream) {
 }
 
 cudaError_t launch_merge(const Step& step, cudaStream_t stream) {
-  return gpu::launch(merge, step.head_blocks * step.params.sequence_count, merge_threads, 0, stream, step);
+  return gpu::launch_early(merge, step.head_blocks * step.params.sequence_count, merge_threads, 0, stream, step);
 }
 
 }  // namespace couplet::cuda::attend

@@ -372,6 +372,9 @@ template <class S>
 __device__ __forceinline__ void run_segments(const Step& step) {
   GPU_DYNAMIC_SHARED(Shared<S>, memory);
   Shared<S>& shared = *memory;
+  gpu::let_next_start();
+  make_key_rows(step, shared);
+  gpu::wait_for_last();
   Ranges const ranges(step);
   int64_t const begin = ranges.begin(blockIdx.x);
   if (begin == ranges.begin(blockIdx.x + 1)) return;
@@ -379,7 +382,6 @@ __device__ __forceinline__ void run_segments(const Step& step) {
     shared.at = begin;
     shared.table_head = -1;
   }
-  make_key_rows(step, shared);
   for (;;) {
     __syncthreads();  // the segment before is done
     int64_t const at = shared.at;

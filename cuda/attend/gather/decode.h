@@ -36,7 +36,7 @@ bool has_body(int head_dim, int quads) {
 template <int Channels>
 cudaError_t launch(const Step& step, cudaStream_t stream) {
   return with_body<Channels>(step.params.head_dim, step.block_rows / 4, [&](auto kernel, auto shape) {
-    return gpu::launch(kernel, step.blocks, shape.threads, sizeof(Shared<decltype(shape)>), stream, step);
+    return gpu::launch_early(kernel, step.blocks, shape.threads, sizeof(Shared<decltype(shape)>), stream, step);
   });
 }
 

@@ -88,6 +88,12 @@ __device__ __forceinline__ int first_head(const Step& step) {
 
 __device__ __forceinline__ void run_key_warp(const Step& step, Shared& shared) {
   gpu::take_registers<key_registers>();
+  KeyAngles angles;
+  if (step.angles.pairs)
+    make_key_angles(step.angles, gpu::lane_id(), angles);
+  else
+    clear_key_angles(angles);
+  gpu::wait_for_last();
   int const head = first_head(step);
   if (head < 0) return;
   load_keys(step, head, shared);  // under way while the first segment is found
@@ -100,11 +106,6 @@ __device__ __forceinline__ void run_key_warp(const Step& step, Shared& shared) {
       gpu::initialize(pair.taken, 1);
     }
   }
-  KeyAngles angles;
-  if (step.angles.pairs)
-    make_key_angles(step.angles, gpu::lane_id(), angles);
-  else
-    clear_key_angles(angles);
   unsigned count = 0;
   for (Next next; (next = next_segment(step, shared, false)) != Next::none;) {
     if (next == Next::other_tables) load_keys(step, shared.segment.kv_head, shared);
@@ -116,6 +117,8 @@ __device__ __forceinline__ void run_key_warp(const Step& step, Shared& shared) {
 template <bool Softcap>
 __device__ __forceinline__ void run_value_warp(const Step& step, Shared& shared) {
   gpu::release_registers<value_registers>();
+  gpu::let_next_start();
+  gpu::wait_for_last();
   int const head = first_head(step);
   if (head < 0) return;
   load_values(step, head, shared);
@@ -158,8 +161,8 @@ bool has_lookup() {
 }
 
 cudaError_t launch_lookup(const Step& step, cudaStream_t stream) {
-  return gpu::launch(step.params.softcap > 0 ? lookup::decode<true> : lookup::decode<false>, step.blocks,
-                     lookup::threads, sizeof(lookup::Shared), stream, step);
+  return gpu::launch_early(step.params.softcap > 0 ? lookup::decode<true> : lookup::decode<false>, step.blocks,
+                           lookup::threads, sizeof(lookup::Shared), stream, step);
 }
 
 }  // namespace couplet::cuda::attend

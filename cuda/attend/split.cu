@@ -5,7 +5,7 @@ namespace couplet::cuda::attend {
 namespace {
 
 constexpr int plan_threads = 256;
-constexpr int merge_threads = 512;  // an element each of 4 rows of 128
+constexpr int merge_threads = 256;
 
 // ---- kernels ---------------------------------------------------------------------------------------------------------------
 // [sequence_count] sequences -> running sums of their units and row blocks.

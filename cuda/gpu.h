@@ -604,6 +604,15 @@ __device__ __forceinline__ int fresh_lane_id() {
 #endif
 }
 
+// `value`, of which the compiler knows nothing: what follows from it is computed where it is needed, and not kept in registers from outside a
+// loop, or from one branch to the next.
+__device__ __forceinline__ int unknown(int value) {
+#ifndef GPU_SIM
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 __device__ __forceinline__ int lane_id() {
 #ifdef GPU_SIM
   return sim::lane();

@@ -25,12 +25,13 @@ bool fits_float16(const couplet_table_params& params) {
 }
 
 bool is_by_code(const couplet_table_params& params) {
-  int32_t const channels = params.codec.group_channels;
-  return (channels == 2 || channels == 4 || channels == 8) && params.codec.code_bits == 8 && params.head_dim % 16 == 0;
+  auto const [channels, bits] = params.codec;
+  bool const codec = (bits == 8 && (channels == 2 || channels == 4 || channels == 8)) || (bits == 10 && channels == 8);
+  return codec && params.head_dim % 16 == 0;
 }
 
 std::vector<__half> by_code_of(const couplet_table_params& params) {
-  constexpr int64_t centroids = 256;
+  int64_t const centroids = couplet_codec_centroids(params.codec);
   int64_t const channels = params.codec.group_channels;
   int64_t const groups = params.head_dim / channels;
   std::vector<__half> by_code(static_cast<size_t>(count_of(params)));

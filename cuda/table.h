@@ -25,9 +25,9 @@ struct Table {
   float* measured;
   // Device, float16, the same as rows, rounded to nearest (infinite where a centroid is beyond 65504). Read by decode to float16.
   __half* float16_rows;
-  // Device, float16 [kv_heads][256][groups][channels] of groups of 2, 4 or 8 channels with codes of 8 bits, headDim a multiple of 16:
-  // a group keeps to its banks whatever the code is. Read by attend/gather and attend/lookup. NULL for others, and where a centroid
-  // is too large for float16 once it is rotated.
+  // Device, float16 [kv_heads][centroids][groups][channels] of 2c8b, 4c8b, 8c8b and 8c10b, headDim a multiple of 16: a group keeps to its
+  // banks whatever the code is. Read by attend/gather, attend/lookup and attend/staged. NULL for others, and where a centroid is too
+  // large for float16 once it is rotated.
   __half* by_code;
 };
 

@@ -1,5 +1,5 @@
 // The entries of attend: what is refused, which body runs, and its chain of launches
-//   plan -> lookup, gather or general decode -> merge     sequences with one query
+//   plan -> a decode body -> merge                       sequences with one query
 //        -> prefill                                       all others
 #include <algorithm>
 #include <cstdio>
@@ -37,7 +37,7 @@ couplet_status check(const couplet_attend_params* params, couplet_report* report
 }
 
 // ---- selection -------------------------------------------------------------------------------------------------------------
-enum class Body { general, lookup, gather };
+enum class Body { general, lookup, gather, staged };
 
 // The lookup body needs both codebooks of a kv head in shared memory (sm_90, sm_100: 227 KB; sm_80 has 163), pages of 64 tokens
 // with rows on 16 bytes, and keys that it may rotate by their offset in a block alone, channel i with i + 64.
@@ -54,7 +54,8 @@ Body select(const couplet_attend_params& params) {
       angles.pairs == 0 || (angles.offsets && angles.kind == COUPLET_ROTARY_HALF && angles.pairs == 64 &&
                             rotary_of(params.rotary)->positions <= rotary_block * rotary_blocks);
   if (shape && tables && rotary && has_lookup()) return Body::lookup;
-  return has_gather(params) ? Body::gather : Body::general;
+  if (has_gather(params)) return Body::gather;
+  return has_staged(params) ? Body::staged : Body::general;
 }
 
 // A step of which only the pointers into the workspace are missing, and what they need. Counts of the host alone go into it.
@@ -70,6 +71,7 @@ Layout layout_of(const couplet_attend_params& params) {
   int32_t const group_heads = params.query_heads / params.kv_heads;
   int32_t const block_rows = body == Body::lookup   ? lookup_rows
                              : body == Body::gather ? gather_rows(params)
+                             : body == Body::staged ? staged_rows(params)
                                                     : std::min(group_heads, general_rows);
   Layout layout{};
   layout.step.params = params;
@@ -121,6 +123,7 @@ couplet_status run(const couplet_attend_params* params, void* memory, void* stre
   if (error == cudaSuccess) switch (select(*params)) {
       case Body::lookup: error = launch_lookup(step, queue); break;
       case Body::gather: error = launch_gather(step, queue); break;
+      case Body::staged: error = launch_staged(step, queue); break;
       case Body::general: error = launch_general_decode(step, queue); break;
     }
   if (error == cudaSuccess) error = launch_merge(step, queue);
@@ -134,6 +137,7 @@ void describe(const couplet_attend_params* params, char* text, size_t text_bytes
                 params->key_codec.code_bits,
                 body == Body::lookup   ? "lookup"
                 : body == Body::gather ? "gather"
+                : body == Body::staged ? "staged"
                                        : "general");
 }
 

@@ -203,6 +203,7 @@ cudaError_t launch_general_decode(const Step& step, cudaStream_t stream);
 cudaError_t launch_prefill(const Step& step, cudaStream_t stream);
 cudaError_t launch_lookup(const Step& step, cudaStream_t stream);
 cudaError_t launch_gather(const Step& step, cudaStream_t stream);
+cudaError_t launch_staged(const Step& step, cudaStream_t stream);
 
 int device_attribute(cudaDeviceAttr attribute);  // of the calling thread's device
 int prefill_rows(int head_dim);                  // of a row block, on this device
@@ -212,6 +213,8 @@ inline constexpr int lookup_rows = 4;
 inline constexpr int lookup_dense_unit = 64;  // costs about what 512 coded tokens cost: 64 KB from memory
 bool has_gather(const couplet_attend_params& params);
 int gather_rows(const couplet_attend_params& params);
+bool has_staged(const couplet_attend_params& params);
+int staged_rows(const couplet_attend_params& params);
 bool has_lookup();  // whether this device has the shared memory, and this library a body for it
 
 }  // namespace couplet::cuda::attend

@@ -344,9 +344,66 @@ void gather_shapes() {
   check_dtypes(gathered(4, 64, 4, {{.before = 300, .sinks = 4, .window = 32}}), "gather");
 }
 
+CaseShape staged(couplet_codec keys, couplet_codec values, int32_t head_dim, int32_t group_heads,
+                 std::vector<SequenceShape> sequences) {
+  return {.kv_heads = 2,
+          .group_heads = group_heads,
+          .head_dim = head_dim,
+          .key_codec = keys,
+          .value_codec = values,
+          .rotary_kind = COUPLET_ROTARY_HALF,
+          .rotary_dim = head_dim,
+          .sequences = std::move(sequences)};
+}
+
+void staged_shapes() {
+  couplet_codec const wide{8, 10};
+  for (int32_t head_dim : {64, 80, 96, 128, 256})
+    check_case(staged(wide, wide, head_dim, 4, {{.before = 300, .sinks = 4, .window = 32}}), 1, "staged");
+  // headDim 256, keys and values of different codecs, interleaved pairs, some channels, or none, that are rotated.
+  for (int32_t channels : {2, 4, 8}) {
+    couplet_codec const narrow{channels, 8};
+    CaseShape shape = staged(narrow, narrow, 256, 3, {{.before = 200, .sinks = 4, .window = 32}});
+    check_case(shape, 2, "staged");
+    shape.head_dim = 112;
+    shape.rotary_kind = COUPLET_ROTARY_INTERLEAVED;
+    for (int32_t rotary_dim : {112, 56, 16}) {
+      shape.rotary_dim = rotary_dim;
+      check_case(shape, 3, "staged");
+    }
+    check_case(staged(narrow, wide, 96, 4, {{.before = 200, .sinks = 4, .window = 32}}), 4, "staged");
+    shape = staged(wide, narrow, 64, 7, {{.before = 200, .sinks = 4, .window = 32}});
+    shape.rotary_kind = channels == 2 ? COUPLET_ROTARY_INTERLEAVED : channels == 4 ? COUPLET_ROTARY_HALF : 0;
+    shape.rotary_dim = 32;
+    check_case(shape, 5, "staged");
+  }
+  // Several chapters and segments, ragged ends, no codes at all, a prompt between; 12 heads are two blocks.
+  CaseShape shape = staged(wide, wide, 64, 12,
+                           {{.before = 2300, .sinks = 4, .window = 33},
+                            {.before = 0},
+                            {.before = 100, .uncoded = true},
+                            {.before = 65, .queries = 0},
+                            {.before = 520, .sinks = 70, .window = 1},
+                            {.before = 20, .queries = 9, .sinks = 4, .window = 8},
+                            {.before = 1030, .window = 0, .coded_prefill = true}});
+  check_case(shape, 6, "staged");
+  shape.key_codec = {4, 8};
+  shape.local_window = 600;
+  shape.softcap = 5;
+  shape.head_sinks = true;
+  check_case(shape, 7, "staged");
+  shape.tables = Tables::scaled;
+  shape.query_scale = 3;
+  check_case(shape, 8, "staged", 3);
+  shape = staged(wide, wide, 64, 8, {{.before = 9400, .sinks = 4, .window = 32}});
+  shape.kv_heads = 1;
+  check_case(shape, 9, "staged");
+  check_dtypes(staged(wide, wide, 128, 4, {{.before = 300, .sinks = 4, .window = 32}}), "staged");
+}
+
 void general_shapes() {
   check_case({.head_dim = 32, .sequences = {}}, 1, "general");
-  for (couplet_codec codec : {couplet_codec{2, 7}, couplet_codec{4, 9}, couplet_codec{8, 10}, couplet_codec{16, 12},
+  for (couplet_codec codec : {couplet_codec{2, 7}, couplet_codec{4, 9}, couplet_codec{4, 10}, couplet_codec{16, 12},
                               couplet_codec{1, 1}, couplet_codec{8, 5}})
     check_case({.kv_heads = 2,
                 .group_heads = 4,
@@ -388,7 +445,7 @@ void prefill_shapes() {
                     .softcap = 20,
                     .head_sinks = true,
                     .sequences = {{.before = 90, .queries = 40, .sinks = 4, .window = 16}}};
-    check_case(shape, 22, "general");
+    check_case(shape, 22, "staged");
   }
   check_case({.group_heads = 20, .head_dim = 32, .sequences = {{.before = 40, .queries = 9, .window = 4}}}, 23,
              "gather");
@@ -398,7 +455,7 @@ void random_shapes() {
   Random random(7);
   for (int i = 0; i < 24; ++i) {
     int32_t const head_dim = 32 + 8 * static_cast<int32_t>(random.below(i % 8 ? 10 : 29));
-    check_case(random_shape(random, head_dim, 300, 20), 1000 + static_cast<uint64_t>(i), "general");
+    check_case(random_shape(random, head_dim, 300, 20), 1000 + static_cast<uint64_t>(i), "");  // general, or staged
   }
 }
 
@@ -452,6 +509,7 @@ int main(int count, char** arguments) {
     check_dtypes({.head_dim = 40, .sequences = {{.before = 70, .queries = 3, .sinks = 4, .window = 3}}}, "general");
   });
   part("gather", gather_shapes);
+  part("staged", staged_shapes);
   part("graphs", graphs);
   part("refusals", refusals);
   std::printf("largest error over what is allowed: general %.3f, others %.3f\n", worst[0], worst[1]);

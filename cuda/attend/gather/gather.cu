@@ -26,6 +26,7 @@ int gather_rows(const couplet_attend_params& params) { return 4 * quads_of(param
 bool has_gather(const couplet_attend_params& params) {
   couplet_codec const codec = params.key_codec;
   bool const shape =
+      codec.code_bits == 8 && params.value_codec.code_bits == 8 &&
       codec.group_channels == params.value_codec.group_channels && params.page_tokens == 64 &&
       params.head_dim % 16 == 0 && params.head_dim <= 128 &&
       (params.key_page_offset | params.key_page_stride | params.value_page_offset | params.value_page_stride) % 16 == 0;

@@ -2,6 +2,8 @@
 import type { Codebook } from '../codebook'
 import type { Codec } from '../codec'
 import { codesBytes, decode, encode } from '../codes'
+import type { RowsShape } from '../transform/apply'
+import { mixSide } from '../transform/apply'
 import type { SampledRows } from './entropy'
 
 export interface CodeUsage {
@@ -22,8 +24,8 @@ export interface CodedSide {
   /** Its name; several where heads differ. */
   codec: string
   /**
-   * Of each kv head, the share of the variance that is lost: sum |x - decoded|^2 / sum |x - mean|^2 over the sample; 0 where nothing
-   * varies and nothing is lost.
+   * Of each kv head, the share of the variance that is lost: sum |x - decoded|^2 / sum |x - mean|^2 over the sample, x as it is coded
+   * (mixed, where a codebook mixes values); 0 where nothing varies and nothing is lost.
    */
   headErrors: number[]
   usage: CodeUsage
@@ -45,12 +47,23 @@ export interface CodedPart {
   codec: Codec
   /** float32 [heads][groups][centroids][groupChannels] */
   tables: Float32Array
+  /** float32 [heads][groups][groupChannels][groupChannels] of what encode calls near; undefined: the plain distance. */
+  metric?: Float32Array | undefined
 }
 
-export function partsOf(codebook: Codebook, layer: number, side: 'key' | 'value'): CodedPart[] {
-  return codebook.parts(layer).map(({ firstHead, heads, ...part }) => (
-    { firstHead, heads, ...side === 'key' ? { codec: part.keyCodec, tables: part.keyTable } : { codec: part.valueCodec, tables: part.valueTable } }
-  ))
+/** How a codebook codes a layer and side. */
+export interface SideCoding {
+  parts: CodedPart[]
+  /** Rows go through a matrix of their head before they are coded, and through its inverse afterwards. */
+  mixing: { mix: Float32Array; unmix: Float32Array } | undefined
+}
+
+export function codingOf(codebook: Codebook, layer: number, side: 'key' | 'value'): SideCoding {
+  const parts = codebook.parts(layer).map(({ firstHead, heads, ...part }): CodedPart => side === 'key'
+    ? { firstHead, heads, codec: part.keyCodec, tables: part.keyTable, metric: part.keyMetric }
+    : { firstHead, heads, codec: part.valueCodec, tables: part.valueTable, metric: part.valueMetric })
+  const [mix, unmix] = side === 'value' ? [codebook.transform('value.mix', layer), codebook.transform('value.unmix', layer)] : []
+  return { parts, mixing: mix && unmix && { mix, unmix } }
 }
 
 export interface RowsOptions {
@@ -60,12 +73,12 @@ export interface RowsOptions {
   signal?: AbortSignal | undefined
 }
 
-export interface CodingOptions extends Pick<CodedPart, 'codec' | 'tables'> {
+export interface CodingOptions extends Pick<CodedPart, 'codec' | 'tables' | 'metric'> {
   threads?: number | undefined
   signal?: AbortSignal | undefined
 }
 
-export async function measureCoding(rows: SampledRows, { codec, tables, threads, signal }: CodingOptions): Promise<CodedSide> {
+export async function measureCoding(rows: SampledRows, { codec, tables, metric, threads, signal }: CodingOptions): Promise<CodedSide> {
   const { data, offset, tokens, tokenStride, kvHeads, headDim } = rows
   const groups = headDim / codec.groupChannels
   const shape = { codec, kvHeads, headDim, pageTokens }
@@ -75,7 +88,7 @@ export async function measureCoding(rows: SampledRows, { codec, tables, threads,
   for (let first = 0; first < tokens; first += batchTokens) {
     const count = Math.min(batchTokens, tokens - first)
     const batch = data.subarray(offset + first * tokenStride)
-    const codes = await encode(batch, { ...call, tokens: count, tokenStride, headStride: headDim })
+    const codes = await encode(batch, { ...call, metric, tokens: count, tokenStride, headStride: headDim })
     const decoded = await decode(codes, { ...call, tokens: count })
     countCodes(counts, codes, { ...shape, tokens: count })
     addSquares(lost, (token, channel) => batch[token * tokenStride + channel]! - (decoded)[token * kvHeads * headDim + channel]!, count, headDim)
@@ -89,17 +102,24 @@ export async function measureCoding(rows: SampledRows, { codec, tables, threads,
 }
 
 /** What codes stand for of rows float32 [tokens][kvHeads][headDim] of one layer and side. */
-export async function throughCodes(rows: Float32Array, parts: readonly CodedPart[], options: RowsOptions): Promise<Float32Array> {
+export async function throughCodes(rows: Float32Array, { parts, mixing }: SideCoding, options: RowsOptions): Promise<Float32Array> {
   const { kvHeads, headDim, threads, signal } = options
   const width = kvHeads * headDim
+  const tokens = rows.length / width
+  const mixed = await mixedRows(rows, mixing, { tokens, kvHeads, headDim })
   const out = new Float32Array(rows.length)
-  for (const { firstHead, heads, codec, tables } of parts) {
-    const shape = { codec, kvHeads: heads, headDim, tokens: rows.length / width, tokenStride: width, headStride: headDim }
+  for (const { firstHead, heads, codec, tables, metric } of parts) {
+    const shape = { codec, kvHeads: heads, headDim, tokens, tokenStride: width, headStride: headDim }
     const call = { ...shape, tables, signal, ...(threads !== undefined && { threads }) }
     const first = firstHead * headDim
-    await decode(await encode(rows.subarray(first), call), { ...call, out: out.subarray(first) })
+    await decode(await encode(mixed.subarray(first), { ...call, metric }), { ...call, out: out.subarray(first) })
   }
-  return out
+  return mixedRows(out, mixing && { mix: mixing.unmix, unmix: mixing.mix }, { tokens, kvHeads, headDim })
+}
+
+/** Rows [tokens][kvHeads][headDim] as they are coded; themselves without mixing. */
+export async function mixedRows(rows: Float32Array, mixing: SideCoding['mixing'], shape: RowsShape): Promise<Float32Array> {
+  return (await mixSide({ rows, weights: undefined }, mixing ?? {}, shape)).rows
 }
 
 /** Of a layer's runs of heads, each as {@link measureCoding} gives it: usage is a mean over heads. */

@@ -9,7 +9,7 @@ import { rangeError } from '../errors'
 import { DecoderModel } from '../onnx/model'
 import type { ModelShape } from '../onnx/decoder'
 import type { CodedSide } from './coding'
-import { measureCoding, mergeParts, partsOf, throughCodes } from './coding'
+import { codingOf, measureCoding, mergeParts, mixedRows, throughCodes } from './coding'
 import type { Correlation } from './correlation'
 import { channelCorrelation } from './correlation'
 import type { ChannelEntropy, SampledRows } from './entropy'
@@ -121,7 +121,7 @@ export async function inspect(options: InspectOptions): Promise<Inspection> {
     model.dispose() // before there is a second session
     const attention = await attentionMass(file, texts, {
       sinks, window, threads, signal,
-      ...(codebook && { coded: (rows, layer, side) => throughCodes(rows, partsOf(codebook, layer, side), { kvHeads, headDim, threads, signal }) }),
+      ...(codebook && { coded: (rows, layer, side) => throughCodes(rows, codingOf(codebook, layer, side), { kvHeads, headDim, threads, signal }) }),
       ...(onProgress && { onProgress: (done: number, total: number) => { onProgress({ phase: 'attention', done, total }) } }),
     })
     return { shape, fingerprint, tokens, sampled, length, sinks, window, layers: inspected, attention, attentionChunks: texts.length }
@@ -143,9 +143,11 @@ async function inspectLayers(sample: Activations, { layers, kvHeads, headDim }: 
     const { rows: data } = await sample.side(layer, side)
     const rows: SampledRows = { data, offset: 0, tokens, tokenStride: kvHeads * headDim, kvHeads, headDim }
     const parts: CodedSide[] = []
-    for (const { firstHead, heads, codec, tables } of codebook ? partsOf(codebook, layer, side) : []) {
-      const own = { ...rows, offset: firstHead * headDim, kvHeads: heads }
-      parts.push(await measureCoding(own, { codec, tables, threads, signal }))
+    const how = codebook && codingOf(codebook, layer, side)
+    const mixed = how && { ...rows, data: await mixedRows(data, how.mixing, { tokens, kvHeads, headDim }) }
+    for (const { firstHead, heads, codec, tables, metric } of how?.parts ?? []) {
+      const own = { ...mixed!, offset: firstHead * headDim, kvHeads: heads }
+      parts.push(await measureCoding(own, { codec, tables, metric, threads, signal }))
     }
     const coding = codebook && mergeParts(parts)
     return { entropy: channelEntropies(rows, orders), correlation: channelCorrelation(rows), coding }

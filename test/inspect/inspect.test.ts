@@ -1,13 +1,14 @@
 import assert from 'node:assert/strict'
 import { Readable } from 'node:stream'
 import { captureActivations, Codebook, codec as parseCodec } from '../../lib'
-import { measureCoding, partsOf, throughCodes } from '../../lib/inspect/coding'
+import { codingOf, measureCoding, throughCodes } from '../../lib/inspect/coding'
 import { inspect } from '../../lib/inspect/inspect'
 import { attentionMass } from '../../lib/inspect/mass'
 import { DecoderModel } from '../../lib/onnx/model'
 import { ids, prose, temporaryFolder, tinyLlama } from '../onnx/files'
 import type { DecoderShape } from '../onnx/graphs'
 import { decoder, normals } from '../onnx/graphs'
+import { randomTransforms } from '../transform/samples'
 
 const near = (actual: number, expected: number, tolerance: number) => { assert.ok(Math.abs(actual - expected) <= tolerance, `${actual}, not ${expected}`) }
 
@@ -182,7 +183,7 @@ describe('inspect', function () {
     const own = await measureCoding(one, { codec: parseCodec('cq-4c5b'), tables: table })
     assert.equal(headErrors[1], own.headErrors[0])
     // ... and so is what its rows become.
-    const both = await throughCodes(one.data, partsOf(mixed, 2, 'value'), { kvHeads: 2, headDim: 64 })
+    const both = await throughCodes(one.data, codingOf(mixed, 2, 'value'), { kvHeads: 2, headDim: 64 })
     let [lost, spread] = [0, 0]
     const mean = (channel: number) => one.data.reduce((sum, value, i) => (i % 128 === channel ? sum + value / one.tokens : sum), 0)
     for (let channel = 64; channel < 128; channel++) {
@@ -195,6 +196,54 @@ describe('inspect', function () {
     }
     near(lost / spread, headErrors[1]!, 1e-9)
   })
+
+  it('codes as a codebook with transforms does', async () => {
+    const codecs = Array.from({ length: 4 }, () => [{ firstHead: 0, heads: 2, keyCodec: parseCodec('cq-8c4b'), valueCodec: parseCodec('cq-4c4b') }])
+    const transforms = randomTransforms(codecs, 64)
+    const transformed = Codebook.fromTables({ keyTables: side(), valueTables: side(), codecs, kvHeads: 2, headDim: 64, transforms })
+    const rows = Float32Array.from({ length: 40 * 128 }, random)
+    for (const name of ['key', 'value'] as const) {
+      const coded = await throughCodes(rows, codingOf(transformed, 1, name), { kvHeads: 2, headDim: 64 })
+      const expected = codedByHand(rows, transformed, name)
+      coded.forEach((value, i) => { near(value, expected[i]!, 1e-4) })
+    }
+    const inspection = await inspect({ model: tinyLlama, text, codebook: transformed, length: 128, threads: 1 })
+    const tables = (name: 'keyTable' | 'valueTable') => codecs.map((_, layer) => transformed[name](layer))
+    const untransformed = Codebook.fromTables({ keyTables: tables('keyTable'), valueTables: tables('valueTable'), codecs, kvHeads: 2, headDim: 64 })
+    const plain = await inspect({ model: tinyLlama, text, codebook: untransformed, length: 128, threads: 1 })
+    for (const name of ['key', 'value'] as const) {
+      assert.notDeepEqual(inspection.layers[1]![name].coding!.headErrors, plain.layers[1]![name].coding!.headErrors)
+    }
+    assert.notDeepEqual(inspection.attention.layers[1]!.outputErrors, plain.attention.layers[1]!.outputErrors)
+  })
+
+  /** Rows [tokens][2][64] of layer 1: mixed, the centroid that the metric calls nearest, unmixed; in double. */
+  function codedByHand(rows: Float32Array, from: Codebook, name: 'key' | 'value'): Float64Array {
+    const [part] = from.parts(1)
+    const { groupChannels: size, centroids } = name === 'key' ? part!.keyCodec : part!.valueCodec
+    const [tables, metric] = name === 'key' ? [part!.keyTable, part!.keyMetric!] : [part!.valueTable, part!.valueMetric!]
+    const through = (row: number[], matrices: Float32Array, head: number) =>
+      row.map((_, to) => row.reduce((sum, value, i) => sum + value * matrices[head * 4096 + i * 64 + to]!, 0))
+    const out = new Float64Array(rows.length)
+    for (let line = 0; line < rows.length / 64; line++) {
+      const head = line % 2
+      const row = [...rows.subarray(line * 64, (line + 1) * 64)]
+      const mixed = name === 'value' ? through(row, from.transform('value.mix', 1)!, head) : row
+      const coded = mixed.slice()
+      for (let group = 0; group < 64 / size; group++) {
+        const place = head * (64 / size) + group
+        const centroid = (code: number) => [...tables.subarray((place * centroids + code) * size, (place * centroids + code + 1) * size)]
+        const distance = (code: number) => {
+          const difference = centroid(code).map((value, i) => mixed[group * size + i]! - value)
+          return difference.reduce((sum, _, i) => sum + difference.reduce((dot, value, j) => dot + metric[(place * size + i) * size + j]! * value, 0) ** 2, 0)
+        }
+        const codes = Array.from({ length: centroids }, (_, code) => distance(code))
+        coded.splice(group * size, size, ...centroid(codes.indexOf(Math.min(...codes))))
+      }
+      out.set(name === 'value' ? through(coded, from.transform('value.unmix', 1)!, head) : coded, line * 64)
+    }
+    return out
+  }
 
   /** Of the values of layer 2. */
   async function rowsOfHead(head: number) {

@@ -1,8 +1,8 @@
 import { createHash } from 'node:crypto'
 
 import { requireCallOptions, requireInteger, requireObject } from './arguments'
-import { hashTokens, tokenIds } from './calibrate/text'
-import { chunks } from './chunks'
+import type { Texts } from './calibrate/text'
+import { EvenChoice, TextReader } from './calibrate/text'
 import { Codebook } from './codebook'
 import type { Codec } from './codec'
 import { rangeError, throwExpected } from './errors'
@@ -31,12 +31,20 @@ export interface TuneOptions {
   model: string
   /** Codebook to begin with, or its file. */
   codebook: Codebook | string
-  /** Text to learn from, or its token ids. A long one: a text that is seen often is learned by heart. */
-  text: string | ArrayLike<number>
+  /**
+   * One text or several to learn from, as `calibrate` takes them. A long one: a text that is seen often is learned by heart. Of one that is
+   * longer than all steps together, evenly spread chunks are kept.
+   */
+  text: Texts
   /** Tokens of a chunk; every chunk is a sequence of its own, and a shorter rest is left out. Default 512. */
   length?: number
   /** Chunks of a step. Default 4. */
   batch?: number
+  /**
+   * Chunks of a step that are run at once, which divides `batch`. Default `batch`. Fewer take less memory (docs/algorithm.md) and give the same but
+   * for rounding.
+   */
+  together?: number
   /** Steps at most. Default 280. */
   steps?: number
   /** First step of a centroid in units of the spread of its group; falls to 0 along half a cosine. Default 0.02. */
@@ -71,6 +79,9 @@ export interface Tuned {
   after: number
 }
 
+/** Chunks that are kept apart by default. */
+const mostHeldOut = 16
+
 /** Bytes of full-precision logits that are kept for later steps. */
 const keptLogitBytes = 2 ** 28
 
@@ -89,9 +100,11 @@ const keptLogitBytes = 2 ** 28
 export async function tune(options: TuneOptions): Promise<Tuned> {
   requireObject(options, 'options')
   const plan = checked(options)
-  const tokens = await tokenIds(options.text, options.model)
-  const texts = [...chunks(tokens, plan.length, plan.length)]
-  if (texts.length < 2) throw rangeError(`Expected a text of at least two chunks of ${plan.length} tokens for \`text\` but received ${tokens.length} tokens`)
+  const reader = await TextReader.open(options.text, { directory: options.model, length: plan.length, signal: options.signal })
+  const kept = new EvenChoice<number[]>(plan.steps * plan.batch + (plan.heldOut ?? mostHeldOut))
+  for await (const { tokens } of reader.read()) if (tokens.length === plan.length) kept.add(tokens)
+  const texts = kept.items
+  if (texts.length < 2) throw rangeError(`Expected a text of at least two chunks of ${plan.length} tokens for \`text\` but received ${reader.tokens} tokens`)
   const own = typeof options.codebook === 'string'
   const codebook = typeof options.codebook === 'string' ? await Codebook.load(options.codebook) : options.codebook
   if (!(codebook instanceof Codebook)) throwExpected('a Codebook or the path of one', 'codebook', codebook)
@@ -101,9 +114,9 @@ export async function tune(options: TuneOptions): Promise<Tuned> {
     const { shape, fingerprint } = reference
     codebook.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
     using model = await CodedGradientModel.load(reference.file, { codebook, sinks: plan.sinks, window: plan.window, ...threads })
-    const heldOut = plan.heldOut ?? Math.min(16, Math.max(1, Math.floor(texts.length / 10)))
-    if (heldOut >= texts.length) throw rangeError(`Expected fewer than ${texts.length} chunks, all of the text, for \`heldOut\` but received ${heldOut}`)
-    const text = hashTokens(tokens)
+    const heldOut = plan.heldOut ?? Math.min(mostHeldOut, Math.max(1, Math.floor(texts.length / 10)))
+    if (heldOut >= texts.length) throw rangeError(`Expected fewer than ${texts.length} chunks, all that is kept of the text, for \`heldOut\` but received ${heldOut}`)
+    const { hash: text } = reader
     const settings: TuneSettings = { model: fingerprint, codebook: createHash('sha256').update(codebook.toBuffer()).digest('hex'), text, ...plan, heldOut }
     delete settings['patience'] // whoever resumes may have more of it
     const tuning = new Tuning({ model, codebook, batches: new Batches(reference, texts, heldOut, plan), plan, settings })
@@ -114,12 +127,17 @@ export async function tune(options: TuneOptions): Promise<Tuned> {
   }
 }
 
-type Plan = Required<Pick<TuneOptions, 'length' | 'batch' | 'steps' | 'rate' | 'window' | 'sinks' | 'checkEvery' | 'patience' | 'seed'>> & { heldOut?: number }
+type PlanName = 'length' | 'batch' | 'together' | 'steps' | 'rate' | 'window' | 'sinks' | 'checkEvery' | 'patience' | 'seed'
+
+type Plan = Required<Pick<TuneOptions, PlanName>> & { heldOut?: number }
 
 function checked(options: TuneOptions): Plan {
   const { length = 512, batch = 4, steps = 280, rate = 0.02, window = 32, sinks = 4, checkEvery = 20, patience = 7, seed = 0, heldOut } = options
+  const { together = batch } = options
   requireInteger(length, 'length', 2)
   requireInteger(batch, 'batch', 1)
+  requireInteger(together, 'together', 1, batch)
+  if (batch % together !== 0) throwExpected(`a divisor of ${batch}`, 'together', together, true)
   requireInteger(steps, 'steps', 1)
   requireInteger(window, 'window', 0)
   requireInteger(sinks, 'sinks', 0)
@@ -130,7 +148,7 @@ function checked(options: TuneOptions): Plan {
   if (typeof rate !== 'number' || !(rate > 0 && rate <= 1)) throwExpected('a number above 0, at most 1', 'rate', rate, typeof rate === 'number')
   requireCallOptions(options)
   if (options.checkpoint !== undefined && typeof options.checkpoint !== 'string') throwExpected('a path', 'checkpoint', options.checkpoint)
-  return { length, batch, steps, rate, window, sinks, checkEvery, patience, seed, ...(heldOut !== undefined && { heldOut }) }
+  return { length, batch, together, steps, rate, window, sinks, checkEvery, patience, seed, ...(heldOut !== undefined && { heldOut }) }
 }
 
 /** Chunks in the order in which steps take them, with the logits that they are to have. */
@@ -149,15 +167,18 @@ class Batches {
     this.#plan = plan
   }
 
-  /** A function of the step alone, so that an interrupted tuning goes on with the chunks that it had not seen. */
-  async ofStep(step: number, signal: AbortSignal | undefined): Promise<CodedBatch> {
-    const places = Array.from({ length: this.#plan.batch }, (_, i) => (step - 1) * this.#plan.batch + i)
-    return this.#make(places.map((place) => shuffled(this.#learned, this.#plan.seed, Math.floor(place / this.#learned))[place % this.#learned]!), signal)
+  /** Of equally many chunks; a function of the step alone, so that an interrupted tuning goes on with the chunks that it had not seen. */
+  async* ofStep(step: number, signal: AbortSignal | undefined): AsyncGenerator<CodedBatch> {
+    const { batch, together, seed } = this.#plan
+    for (let first = (step - 1) * batch; first < step * batch; first += together) {
+      const places = Array.from({ length: together }, (_, i) => first + i)
+      yield this.#make(places.map((place) => shuffled(this.#learned, seed, Math.floor(place / this.#learned))[place % this.#learned]!), signal)
+    }
   }
 
   async* heldOut(signal: AbortSignal | undefined): AsyncGenerator<CodedBatch> {
-    for (let first = this.#learned; first < this.#texts.length; first += this.#plan.batch) {
-      const count = Math.min(this.#plan.batch, this.#texts.length - first)
+    for (let first = this.#learned; first < this.#texts.length; first += this.#plan.together) {
+      const count = Math.min(this.#plan.together, this.#texts.length - first)
       yield this.#make(Array.from({ length: count }, (_, i) => first + i), signal)
     }
   }
@@ -245,7 +266,10 @@ class Tuning {
   async #step(step: number, signal: AbortSignal | undefined): Promise<number> {
     const { current, mean, square } = this.#tables
     const gradients = zeros(current)
-    const loss = await this.#model.run(await this.#batches.ofStep(step, signal), current, { gradients, signal })
+    const pieces = this.#plan.batch / this.#plan.together
+    let loss = 0
+    for await (const piece of this.#batches.ofStep(step, signal)) loss += await this.#model.run(piece, current, { gradients, signal }) / pieces
+    for (const table of pieces > 1 ? [...gradients.key, ...gradients.value] : []) table.forEach((gradient, i) => { table[i] = gradient / pieces })
     const rate = (this.#plan.rate * (1 + Math.cos((Math.PI * (step - 1)) / this.#plan.steps))) / 2
     for (const side of sides) {
       current[side].forEach((table, layer) => {

@@ -1,14 +1,16 @@
 import { access, constants } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { Command, InvalidArgumentError, Option } from 'commander'
-import type { CalibrationProgress, CalibrationReport, PredictedText, TextInput, TransformStep, TriedRecipe, WeightKind } from '../calibrate'
+import type { CalibrationProgress, CalibrationReport, PredictedText, TransformStep, TriedRecipe, WeightKind } from '../calibrate'
 import { calibrate } from '../calibrate'
 import { removeCheckpoint } from '../calibrate/checkpoint'
 import type { Codebook } from '../codebook'
 import type { DeviceName } from '../device'
 import { writeAtomically } from '../files'
 import { transformSteps } from '../transform/learn'
-import { codecName, deviceIndexOption, deviceOption, integer, lengthOption, modelOption, positiveNumber, seedOption, threadsOption } from './options'
+import {
+  codecName, deviceIndexOption, deviceOption, integer, lengthOption, modelOption, positiveNumber, seedOption, textInputs, textOption, threadsOption,
+} from './options'
 import { Progress } from './progress'
 
 interface Flags {
@@ -85,8 +87,8 @@ export function calibrateCommand(signal: AbortSignal): Command {
         const { codebook, report, tried } = await calibrate({
           ...rest,
           ...(bits === undefined ? { codec } : { bits, choose }),
-          text: inputs(text),
-          ...(evalText && { evalText: inputs(evalText) }),
+          text: textInputs(text),
+          ...(evalText && { evalText: textInputs(evalText) }),
           checkpoint,
           signal,
           onProgress: ({ phase, done, total }) => { progress.update(titles[phase], done, total) },
@@ -136,19 +138,10 @@ function printTried(tried: readonly TriedRecipe[]): void {
   }
 }
 
-function textOption(flags: string, description: string): Option {
-  return new Option(flags, description).argParser((file: string, before: string[] | undefined) => [...(before ?? []), file])
-}
-
 function share(text: string): number {
   const value = Number(text)
   if (text.trim() === '' || !(value >= 0 && value <= 0.5)) throw new InvalidArgumentError('Expected a number from 0 to 0.5.')
   return value
-}
-
-function inputs(names: readonly string[]): TextInput[] {
-  if (names.filter((name) => name === '-').length > 1) throw new Error('Standard input can be read once only')
-  return names.map((name) => (name === '-' ? process.stdin : { file: name }))
 }
 
 function print({ tokens, pointsPerCentroid, error, suffering, expected, evaluation, warnings }: CalibrationReport): void {

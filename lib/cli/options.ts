@@ -1,4 +1,5 @@
 import { InvalidArgumentError, Option } from 'commander'
+import type { TextInput } from '../calibrate'
 import { codec } from '../codec'
 
 /** Readers of option values; a bad value is a usage error (exit code 2) that says what was expected. */
@@ -35,3 +36,14 @@ export const threadsOption = (): Option => new Option('--threads <count>', 'thre
 export const seedOption = (): Option => new Option('--seed <integer>', 'same seed, same result').default(0).argParser(integer(0))
 export const windowOption = (): Option => new Option('--window <tokens>', 'newest tokens kept in full precision').default(32).argParser(integer(0))
 export const sinksOption = (): Option => new Option('--sinks <tokens>', 'first tokens kept in full precision').default(4).argParser(integer(0))
+
+/** A file that may be named more than once. */
+export function textOption(flags: string, description: string): Option {
+  return new Option(flags, description).argParser((file: string, before: string[] | undefined) => [...(before ?? []), file])
+}
+
+/** Files, or standard input where the name is a dash. */
+export function textInputs(names: readonly string[]): TextInput[] {
+  if (names.filter((name) => name === '-').length > 1) throw new Error('Standard input can be read once only')
+  return names.map((name) => (name === '-' ? process.stdin : { file: name }))
+}

@@ -1,16 +1,17 @@
-import { access, constants, readFile, rm } from 'node:fs/promises'
+import { access, constants, rm } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { Command, Option } from 'commander'
 import { tune } from '../tune'
-import { integer, lengthOption, modelOption, positiveNumber, seedOption, sinksOption, threadsOption, windowOption } from './options'
+import { integer, lengthOption, modelOption, positiveNumber, seedOption, sinksOption, textInputs, textOption, threadsOption, windowOption } from './options'
 import { Progress } from './progress'
 
 interface Flags {
   model: string
   codebooks: string
-  text: string
+  text: string[]
   length: number
   batch: number
+  together?: number
   steps: number
   rate: number
   window: number
@@ -27,9 +28,10 @@ export function tuneCommand(signal: AbortSignal): Command {
     .description("improve a codebook by the model's own outputs; goes on where it was interrupted")
     .addOption(modelOption())
     .requiredOption('--codebooks <file>', 'codebook to begin with')
-    .requiredOption('--text <file>', 'text to learn from, UTF-8; the longer the better')
+    .addOption(textOption('--text <file>', 'text to learn from, UTF-8, the longer the better; several are welcome; - is standard input').makeOptionMandatory())
     .addOption(lengthOption())
     .addOption(new Option('--batch <chunks>', 'chunks of a step').default(4).argParser(integer(1)))
+    .addOption(new Option('--together <chunks>', 'chunks of a step that are run at once (default: all); fewer take less memory').argParser(integer(1)))
     .addOption(new Option('--steps <count>', 'steps at most').default(280).argParser(integer(1)))
     .addOption(new Option('--rate <number>', "first step of a centroid, in units of its group's spread").default(0.02).argParser(positiveNumber))
     .addOption(windowOption())
@@ -43,11 +45,10 @@ export function tuneCommand(signal: AbortSignal): Command {
       const progress = new Progress()
       const { codebooks, out, checkpoint = `${out}.checkpoint`, ...rest } = flags
       try {
-        const text = await readFile(flags.text, 'utf8')
         await access(dirname(resolve(out)), constants.W_OK)
         const { codebook, steps, bestStep, before, after } = await tune({
           ...rest,
-          text,
+          text: textInputs(flags.text),
           codebook: codebooks,
           checkpoint,
           signal,

@@ -62,6 +62,25 @@ describe('tune', function () {
     await assert.rejects(tune({ ...options, checkpoint }), { code: 'ERR_COUPLET_INVALID_ARGUMENT' })
   })
 
+  it('runs fewer chunks at once for less memory, and gives the same but for rounding', async () => {
+    const [whole, parts] = [await tune(options), await tune({ ...options, together: 2 })]
+    assert.ok(Math.abs(parts.after / whole.after - 1) < 1e-3, `${whole.after} ${parts.after}`)
+    for (const [layer, table] of tablesOf(whole.codebook).entries()) {
+      const other = tablesOf(parts.codebook)[layer]!
+      const distance = Math.hypot(...table.map((x, i) => x - other[i]!)) / Math.hypot(...table)
+      assert.ok(distance < 0.01, `layer ${layer}: ${distance}`)
+    }
+    await assert.rejects(tune({ ...options, together: 3 }), /a divisor of 4 for `together`/)
+    await assert.rejects(tune({ ...options, together: 5 }), { name: 'RangeError' })
+  })
+
+  it('keeps evenly spread chunks of a text that is longer than all steps', async () => {
+    const told: number[] = []
+    const { after, before } = await tune({ ...options, steps: 2, heldOut: 2, checkEvery: 2, onProgress: ({ done }) => told.push(done) })
+    assert.ok(after <= before)
+    assert.deepEqual(told, [1, 2])
+  })
+
   it('ends early, with the tables to begin with, when nothing gets better', async () => {
     const { bestStep, steps, before, after, codebook: same } = await tune({ ...options, rate: 1, checkEvery: 1, patience: 2 })
     assert.deepEqual([bestStep, steps, after], [0, 2, before])

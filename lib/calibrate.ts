@@ -42,7 +42,7 @@ export interface CalibrateOptions extends Omit<CaptureActivationsOptions, 'direc
   /** In place of `codec`: what codes may take, in bits by channel. Codecs are then chosen by layer, side and kv head ({@link chooseCodecs}). */
   bits?: number | undefined
   /** How they are chosen. */
-  choose?: Omit<ChooseOptions, 'bits' | keyof CommonOptions | keyof DeviceOptions> | undefined
+  choose?: Omit<ChooseOptions, 'bits' | 'transforms' | keyof CommonOptions | keyof DeviceOptions> | undefined
   /** A text such as the codebook will meet: the report says how far it is from the calibration text, and what codes cost on it. */
   evalText?: Texts
   /**

@@ -1,6 +1,7 @@
 import { requireCallOptions, requireInteger, requireObject } from '../arguments'
 import type { Captured, CommonOptions } from '../calibrate/capture'
 import { requireModel } from '../calibrate/capture'
+import { checkTransforms } from '../calibrate/learn'
 import type { LearnedFrom } from '../codebook-metadata'
 import type { Codec, CodecLike, HeadCodecs, LayerCodecs } from '../codec'
 import { codec as parseCodec } from '../codec'
@@ -8,6 +9,7 @@ import { codesBytes } from '../codes'
 import type { DeviceOptions } from '../device'
 import { rangeError, throwExpected } from '../errors'
 import type { Side } from '../gradient/attention'
+import type { TransformStep } from '../transform/learn'
 import { allocate } from './allocate'
 import type { Sensitivity } from './sensitivity'
 import { measureSensitivity } from './sensitivity'
@@ -37,6 +39,8 @@ export interface ChooseOptions extends CommonOptions, DeviceOptions {
   window?: number | undefined
   /** Lloyd iterations for the tables to measure with. Default 25. */
   iterations?: number | undefined
+  /** Steps beside the tables that the codebook will have (docs/codebook.md): codecs are measured with them. Default none. */
+  transforms?: readonly TransformStep[] | undefined
 }
 
 export interface Chosen {
@@ -61,7 +65,8 @@ export async function chooseCodecs(captured: Captured, options: ChooseOptions): 
   requireModel(captured.model)
   const { kvHeads, headDim } = captured.model.shape
   const choice = checkChoice(options, headDim)
-  const sensitivities = await measureSensitivity(captured, { ...options, ...choice })
+  const transforms = checkTransforms(options.transforms, captured)
+  const sensitivities = await measureSensitivity(captured, { ...options, ...choice, transforms })
   return chooseFrom(sensitivities, { ...choice, kvHeads, headDim })
 }
 

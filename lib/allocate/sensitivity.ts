@@ -1,5 +1,5 @@
 /** What coding one side of one kv head, or of all those of a layer, costs, at each codec, while all else is exact. */
-import { learnTable } from '../calibrate/learn'
+import { learnParts, transformsOf } from '../calibrate/learn'
 import type { Captured, CommonOptions } from '../calibrate/capture'
 import type { Codec } from '../codec'
 import { decode, encode } from '../codes'
@@ -8,6 +8,8 @@ import { rangeError } from '../errors'
 import { sides } from '../gradient/attention'
 import type { Side } from '../gradient/attention'
 import { Capture } from '../onnx/capture'
+import { mixSide } from '../transform/apply'
+import type { SideTransforms, TransformStep } from '../transform/learn'
 import type { ReferenceBatch } from './divergence'
 import { DivergenceModel } from './divergence'
 
@@ -21,6 +23,8 @@ export interface SensitivityOptions extends CommonOptions, DeviceOptions {
   sinks: number
   window: number
   iterations?: number | undefined
+  /** Steps that the codebook will have: every candidate is measured with what it would learn of them. */
+  transforms?: readonly TransformStep[] | undefined
 }
 
 /** Of one side of some kv heads of a layer. */
@@ -37,7 +41,7 @@ export interface Sensitivity {
 export async function measureSensitivity(captured: Captured, options: SensitivityOptions): Promise<Sensitivity[]> {
   const { sample, model } = captured
   const { layers, kvHeads, headDim } = model.shape
-  const { candidates, iterations, seed, threads, signal, device, deviceIndex, onProgress } = options
+  const { candidates, iterations, transforms = [], seed, threads, signal, device, deviceIndex, onProgress } = options
   const learning = { iterations, seed, threads, signal, device, deviceIndex }
   using judge = options.measure === 'fisher' ? new FisherJudge(captured) : await DivergenceJudge.open(captured, options)
   const found: Sensitivity[] = []
@@ -49,11 +53,10 @@ export async function measureSensitivity(captured: Captured, options: Sensitivit
       const heads = options.per === 'head' ? 1 : kvHeads
       const pieces = Array.from({ length: kvHeads / heads }, (_, piece): Sensitivity => ({ layer, side, firstHead: piece * heads, heads, losses: [] }))
       for (const [index, codec] of candidates.entries()) {
-        const shape = { codec, kvHeads, headDim, threads, signal }
-        const tables = await learnTable(activations, { tokens: sample.tokensKept, kvHeads, headDim, firstHead: 0, heads: kvHeads, codec }, defined(learning))
-        const tokens = rows.length / kvHeads / headDim
-        const coded = await decode(await encode(rows, { ...shape, tokens, tables }), { ...shape, tokens, tables })
-        const errors = coded.map((value, i) => value - rows[i]!)
+        const place = { tokens: sample.tokensKept, kvHeads, headDim, parts: [{ firstHead: 0, heads: kvHeads, codec }] }
+        const learned = await transformsOf(activations, place, side, transforms)
+        const tables = await learnParts(activations, { ...place, transforms: learned }, defined(learning))
+        const errors = await codedErrors(rows, { codec, kvHeads, headDim, tables, threads, signal }, learned)
         for (const { losses, ...place } of pieces) losses.push(await judge.loss({ ...place, errors }))
         onProgress?.({ phase: 'choose', done: (layer * sides.length + sides.indexOf(side)) * candidates.length + index + 1, total })
       }
@@ -61,6 +64,27 @@ export async function measureSensitivity(captured: Captured, options: Sensitivit
     }
   }
   return found
+}
+
+interface Coding {
+  codec: Codec
+  kvHeads: number
+  headDim: number
+  tables: Float32Array
+  threads: number | undefined
+  signal: AbortSignal | undefined
+}
+
+/** What codes make of rows, mixed on the way where they are to be, less the rows. */
+async function codedErrors(rows: Float32Array, coding: Coding, { metric, mix, unmix }: SideTransforms): Promise<Float32Array> {
+  const { kvHeads, headDim } = coding
+  const shape = { tokens: rows.length / kvHeads / headDim, kvHeads, headDim }
+  const through = async (data: Float32Array, matrices: SideTransforms) => (await mixSide({ rows: data, weights: undefined }, matrices, shape)).rows
+  const entering = mix && unmix ? await through(rows, { mix, unmix }) : rows
+  const codes = await encode(entering, { ...coding, tokens: shape.tokens, ...(metric && { metric }) })
+  const decoded = await decode(codes, { ...coding, tokens: shape.tokens })
+  const leaving = mix && unmix ? await through(decoded, { mix: unmix, unmix: mix }) : decoded
+  return leaving.map((value, i) => value - rows[i]!)
 }
 
 /** Without members that are undefined. */

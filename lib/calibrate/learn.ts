@@ -79,9 +79,7 @@ export async function* learnSides(captured: Captured, options: LearnOptions,
       const parts = sideParts(codecs[layer]!, side)
       const known = await readKnown?.(layer, side)
       const activations = known === undefined || steps.length > 0 ? await sample.side(layer, side) : undefined
-      const transforms = activations && steps.length > 0
-        ? await learnTransforms({ ...shape, parts, rows: activations.rows, gradients: gradientsOf(activations, shape) }, side, steps)
-        : {}
+      const transforms = activations ? await transformsOf(activations, { ...shape, parts }, side, steps) : {}
       const table = known ?? await learnParts(activations!, { ...shape, parts, transforms }, options, report)
       yield { layer, side, parts, table, transforms, known: known !== undefined }
       report(1)
@@ -89,12 +87,18 @@ export async function* learnSides(captured: Captured, options: LearnOptions,
   }
 }
 
+/** What the steps make of a side: nothing where there are none. */
+export async function transformsOf(activations: SideActivations, place: SideShape & { parts: readonly SidePart[] }, side: Side,
+  steps: readonly TransformStep[]): Promise<SideTransforms> {
+  return steps.length > 0 ? learnTransforms({ ...place, rows: activations.rows, gradients: gradientsOf(activations, place) }, side, steps) : {}
+}
+
 /** Weights of channels are gradients, as WeightWidth has it. */
 function gradientsOf({ rows, weights }: SideActivations, { tokens, kvHeads }: SideShape): Float32Array | undefined {
   return weights && weights.length === rows.length && weights.length !== tokens * kvHeads ? weights : undefined
 }
 
-function checkTransforms(steps: readonly TransformStep[] = [], { weights }: Captured): readonly TransformStep[] {
+export function checkTransforms(steps: readonly TransformStep[] = [], { weights }: Captured): readonly TransformStep[] {
   const given: unknown = steps
   if (!Array.isArray(given)) throwExpected('an array', 'transforms', given)
   for (const step of steps) {
@@ -111,14 +115,14 @@ interface PartsShape extends SideShape {
 }
 
 /** Every part gets what one codec for all heads would have given it. */
-async function learnParts(activations: SideActivations, { parts, transforms, ...shape }: PartsShape, options: LearnOptions,
-  onShare: (share: number) => void): Promise<Float32Array> {
+export async function learnParts(activations: SideActivations, { parts, transforms, ...shape }: PartsShape, options: Omit<LearnOptions, 'codec'>,
+  onShare?: (share: number) => void): Promise<Float32Array> {
   const mixed = await mixSide(activations, transforms, shape)
   const table = new Float32Array(parts.reduce((sum, { heads, codec }) => sum + heads * shape.headDim * codec.centroids, 0))
   let [at, matrix] = [0, 0]
   for (const part of parts) {
     const metric = transforms.metric?.subarray(matrix, matrix += part.heads * shape.headDim * part.codec.groupChannels)
-    const report = (share: number) => { onShare((part.firstHead + share * part.heads) / shape.kvHeads) }
+    const report = (share: number) => { onShare?.((part.firstHead + share * part.heads) / shape.kvHeads) }
     const learned = await learnMeasured(mixed, { ...shape, ...part, metric }, options, report)
     table.set(learned, at)
     at += learned.length

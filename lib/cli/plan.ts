@@ -17,7 +17,7 @@ interface Flags {
   sequences: number
   budget?: number
   codec?: string[]
-  codebooks?: string
+  codebooks?: string[]
   sinks: number
   window: number
   json?: boolean
@@ -34,15 +34,15 @@ export function planCommand(): Command {
     .addOption(new Option('--sequences <count>').default(1).argParser(integer(1)))
     .addOption(new Option('--budget <bytes>', 'such as 8e9, 8GB or 8GiB').argParser(byteCount))
     .addOption(new Option('--codec <names>', 'separated by commas (default: the usual ones)').argParser((names: string) => names.split(',').map(codecName)))
-    .option('--codebooks <files>', 'codebooks of this model to plan for as well, separated by commas')
+    .option('--codebooks <files...>', 'codebooks of this model to plan for as well')
     .addOption(sinksOption())
     .addOption(windowOption())
     .option('--out <file>', 'draw it as well, on this page (HTML)')
     .option('--json', 'print one JSON object')
-    .action(async ({ model, json, out, codec: codecs, codebooks: files, ...flags }: Flags) => {
+    .action(async ({ model, json, out, codec: codecs, codebooks: files = [], ...flags }: Flags) => {
       if (out !== undefined) await checkPage(out)
       const { layers, kvHeads, headDim } = await shapeOf(model)
-      const codebooks = await Promise.all(files?.split(',').map((file) => Codebook.load(file)) ?? [])
+      const codebooks = await Promise.all(files.map((file) => Codebook.load(file)))
       const caches = plan({ layers, kvHeads, headDim, ...flags, ...(codecs && { codecs }), codebooks })
       if (json) console.log(JSON.stringify({ layers, kvHeads, headDim, ...flags, caches }))
       else print({ layers, kvHeads, headDim }, flags, caches)

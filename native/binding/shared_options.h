@@ -29,7 +29,10 @@ struct DeviceRequest {
 };
 
 inline DeviceRequest read_device_request(const Options& options) {
-  return {options.string_or("device", "cpu"), options.integer_or("deviceIndex", 0, 0)};
+  std::string const name = options.string_or("device", "cpu");
+  if (name != "cpu" && name != "cuda" && name != "auto" && name != "sim")  // the last one is for tests
+    throw_expected(options.env(), "\"cpu\", \"cuda\" or \"auto\"", "device", options.get("device"), true);
+  return {name, options.integer_or("deviceIndex", 0, 0)};
 }
 
 // Found on the JS thread.

@@ -65,6 +65,35 @@ describe('the divergence of one side of a layer', function () {
   }
 })
 
+/** Rows of two heads of 64, by the nearest centroid of each group of 8 in double precision; groups side by side. */
+function codedByHand(rows: Float32Array, codebook: Codebook, layer: number, side: 'key' | 'value'): Float64Array {
+  const { keyTable, valueTable, keyMetric } = codebook.parts(layer)[0]!
+  const table = side === 'key' ? keyTable : valueTable
+  const matrixOf = (name: 'value.mix' | 'value.unmix') => (side === 'value' ? codebook.transform(name, layer) : undefined)
+  const metric = side === 'key' ? keyMetric : undefined
+  const through = (row: Float64Array, matrices: Float32Array | undefined, head: number): Float64Array => matrices === undefined ? row
+    : row.map((_, to) => row.reduce((sum, value, from) => sum + value * matrices[(head * 64 + from) * 64 + to]!, 0))
+  const out = new Float64Array(rows.length)
+  for (let at = 0; at < rows.length; at += 64) {
+    const head = (at / 64) % 2
+    const row = through(Float64Array.from(rows.subarray(at, at + 64)), matrixOf('value.mix'), head)
+    for (let group = 0; group < 8; group++) {
+      const place = head * 8 + group
+      const distance = (centroid: number): number => {
+        const difference = Array.from({ length: 8 }, (_, i) => row[group * 8 + i]! - table[(place * 16 + centroid) * 8 + i]!)
+        const seen = metric === undefined ? difference
+          : difference.map((_, y) => difference.reduce((sum, value, x) => sum + value * metric[(place * 8 + y) * 8 + x]!, 0))
+        return seen.reduce((sum, value) => sum + value * value, 0)
+      }
+      const distances = Array.from({ length: 16 }, (_, centroid) => distance(centroid))
+      const nearest = distances.indexOf(Math.min(...distances))
+      for (let i = 0; i < 8; i++) row[group * 8 + i] = table[(place * 16 + nearest) * 8 + i]!
+    }
+    out.set(through(row, matrixOf('value.unmix'), head), at)
+  }
+  return out
+}
+
 describe('chooseCodecs', function () {
   this.timeout(120_000)
   const candidates = ['4c4b', '8c4b', '16c4b', '16c6b']
@@ -119,6 +148,24 @@ describe('chooseCodecs', function () {
     }))
     const { sensitivities } = await chooseCodecs(captured, { ...options, per: 'layer', candidates: ['8c4b'] })
     assert.ok(sensitivities.every(({ losses }) => losses.length === 1 && losses[0]! > 0))
+  })
+
+  it('measures codecs with the transforms that the codebook will have', async () => {
+    const transforms = ['key.metric', 'value.mix'] as const
+    const { sensitivities } = await chooseCodecs(captured, { ...options, transforms, per: 'layer', measure: 'fisher', candidates: ['8c4b'] })
+    using codebook = await learnCodebook(captured, { codec: '8c4b', iterations: 3, transforms, threads: 2 })
+    const tokens = captured.heldOut!.tokensKept
+    const elements = tokens * 2 * 64
+    for (const { layer, side, losses } of sensitivities) {
+      const { rows, weights } = await captured.heldOut!.side(layer, side)
+      const coded = codedByHand(rows.subarray(0, elements), codebook, layer, side)
+      let expected = 0
+      for (let i = 0; i < elements; i++) expected += (coded[i]! - rows[i]!) ** 2 * weights![i]! ** 2 / 2 / tokens
+      assert.ok(Math.abs(losses[0]! - expected) < 1e-3 * expected, `${side} of layer ${layer}: ${losses[0]}, not ${expected}`)
+    }
+    const plain = captureActivations(model, { text, length: 100, heldOut: 0.1, weights: 'attention', threads: 2 })
+    using other = await plain
+    await assert.rejects(chooseCodecs(other, { ...options, transforms: ['key.metric'] }), { code: 'ERR_COUPLET_INVALID_ARGUMENT' })
   })
 
   it('learns for every part what one codec for all heads would have given', async () => {

@@ -253,7 +253,7 @@ describeOn('all', 'encode and decode refuse', (device) => {
     ['an out of another type', rows, { out: new Uint16Array(codes.length) }, { name: 'TypeError', message: /a Uint8Array for `out`/ }],
     ['257 threads', rows, { threads: 257 }, { name: 'RangeError', message: /`threads`/ }],
     ...(gpus.includes('cuda') ? [] : [['a device that is not there', rows, { device: 'cuda' }, { code: 'ERR_COUPLET_BACKEND_UNAVAILABLE' }]] as never),
-    ['a device that nobody knows', rows, { device: 'tpu' }, { message: /"tpu"/, code: 'ERR_COUPLET_BACKEND_UNAVAILABLE' }],
+    ['a device that nobody knows', rows, { device: 'tpu' }, { message: /"tpu"/ }],
     ['a device that is not a text', rows, { device: 1 }, { name: 'TypeError', message: /`device`/ }],
   ]
   for (const [what, input, change, error] of cases)

@@ -20,6 +20,8 @@ import { commonCodec } from './codec'
 import type { DeviceOptions } from './device'
 import { codeOf, rangeError, throwExpected } from './errors'
 import { DecoderModel } from './onnx/model'
+import type { Tuned, TuneOptions } from './tune'
+import { checkTune, tuneChunks } from './tune'
 
 export type { ChooseOptions, Chosen } from './allocate/choose'
 export { chooseCodecs } from './allocate/choose'
@@ -53,18 +55,28 @@ export interface CalibrateOptions extends Omit<CaptureActivationsOptions, 'direc
   checkpoint?: string
   /**
    * `plain`: the weights and transforms that are asked for. `best`: fisher and attention weights (the latter alone where couplet cannot compute
-   * the graph's gradients), with and without the transforms that they allow, and of all that what predicts the chunks held out best. Takes some
-   * six times as long, and keeps one sample at a time. Default 'plain'.
+   * the graph's gradients), with and without the transforms that they allow, and of all that what predicts the chunks held out best, tuned. Takes
+   * some ten times as long, and keeps one sample at a time. Default 'plain'.
    */
   recipe?: 'plain' | 'best'
+  /**
+   * How the recipe `best` ends: as {@link tune}, on the chunks that were learned from, judged by those held out. By default every token is coded
+   * (with `bits`: sinks and window are those of `choose`), steps take each chunk 4 times and are 280 at most. `false`: it does not. Nor does it
+   * where the graph's gradients cannot be computed, or the text is too short, unless it is asked for here.
+   */
+  tune?: false | RecipeTuning | undefined
 }
+
+export type RecipeTuning = Pick<TuneOptions, 'batch' | 'together' | 'steps' | 'rate' | 'window' | 'sinks' | 'checkEvery' | 'patience'>
 
 export interface Calibrated {
   codebook: Codebook
   /** What codes will cost, and what to doubt. */
   report: CalibrationReport
-  /** What the recipe `best` compared; the codebook is that of the least `codedLoss`. */
+  /** What the recipe `best` compared; the codebook is that of the least `codedLoss`, tuned. */
   tried?: TriedRecipe[]
+  /** What tuning came to: KL divergence of the chunks held out. */
+  tuned?: Omit<Tuned, 'codebook'>
 }
 
 /**
@@ -79,9 +91,11 @@ export interface Calibrated {
  */
 export async function calibrate(options: CalibrateOptions): Promise<Calibrated> {
   requireObject(options, 'options')
-  const { recipe = 'plain' } = options
+  const { recipe = 'plain', tune } = options
   if (!['plain', 'best'].includes(recipe)) throwExpected('"plain" or "best"', 'recipe', recipe)
-  return recipe === 'plain' ? calibrateOnce(options) : calibrateBest(options)
+  if (tune !== undefined && tune !== false) requireObject(tune, 'tune')
+  if (tune !== undefined && recipe === 'plain') throw rangeError('Expected the recipe "best" beside `tune` but received "plain"')
+  return recipe === 'plain' ? (await calibrateOnce(options)).result! : calibrateBest(options)
 }
 
 /** With one kind of weights after the other. */
@@ -92,22 +106,27 @@ async function calibrateBest({ checkpoint, ...options }: CalibrateOptions): Prom
     const { gradients, ...rest } = options
     const place = checkpoint === undefined ? {} : { checkpoint: `${checkpoint}.${weights}` }
     const given = weights === 'fisher' && gradients !== undefined ? { gradients } : {}
-    const one = await calibrateOnce({ ...rest, ...place, ...given, weights }).catch((error: unknown) => {
+    const attempt = await calibrateOnce({ ...rest, ...place, ...given, weights }, tried).catch((error: unknown) => {
       if (weights === 'fisher' && codeOf(error) === 'ERR_COUPLET_UNSUPPORTED_MODEL') return undefined
       throw error
     })
-    if (one === undefined) continue
-    tried.push(...one.tried!)
-    const winner = best === undefined || isBetter(leastOf(one.tried!), leastOf(best.tried!)) ? one : best
-    for (const loser of [one, best]) if (loser !== winner) loser?.codebook.dispose()
-    best = winner
+    if (attempt === undefined) continue
+    tried.push(...attempt.tried!)
+    if (attempt.result === undefined) continue
+    best?.codebook.dispose()
+    best = attempt.result
   }
   return { ...best!, tried }
 }
 
-const leastOf = (tried: readonly TriedRecipe[]): TriedRecipe => tried.reduce((a, b) => (isBetter(b, a) ? b : a))
+interface Attempt {
+  /** Undefined when something else was better before it. */
+  result?: Calibrated
+  tried?: TriedRecipe[]
+}
 
-async function calibrateOnce(options: CalibrateOptions): Promise<Calibrated> {
+/** @param before what the recipe `best` has tried already: tuned and reported is only what is better */
+async function calibrateOnce(options: CalibrateOptions, before: readonly TriedRecipe[] = []): Promise<Attempt> {
   const { length, points } = checkCapture(options)
   if (options.checkpoint !== undefined) requireText(options.checkpoint, 'checkpoint')
   using model = await DecoderModel.load(options.model, options.threads === undefined ? {} : { threads: options.threads })
@@ -123,10 +142,14 @@ async function calibrateOnce(options: CalibrateOptions): Promise<Calibrated> {
   const codecs = codecsOf(learning.codec, model.shape)
   const reporter = new Reporter(captured, options)
   if (options.recipe === 'best') {
-    const { learned, tried } = await bestOf(captured, learning)
-    for (const side of learned) await reporter.add(side)
-    const codebook = codebookOf(captured, learning, learned)
-    return { codebook, report: await reporter.report(codebook, model, evalChunks), tried }
+    const { best, learned, tried } = await bestOf(captured, learning)
+    if (before.some((one) => !isBetter(best, one))) return { tried }
+    const untuned = codebookOf(captured, learning, learned)
+    const { codebook, ...tuned } = await tuneBest(captured, untuned, options, choice) ?? { codebook: untuned }
+    if (codebook !== untuned) untuned.dispose()
+    for (const side of learned) await reporter.add({ ...side, table: side.side === 'key' ? codebook.keyTable(side.layer) : codebook.valueTable(side.layer) })
+    const report = await reporter.report(codebook, model, evalChunks)
+    return { result: { codebook, report, ...('steps' in tuned && { tuned }) }, tried }
   }
   const learned: LearnedSide[] = []
   const readKnown = async (layer: number, side: 'key' | 'value') =>
@@ -137,7 +160,33 @@ async function calibrateOnce(options: CalibrateOptions): Promise<Calibrated> {
     await reporter.add(side)
   }
   const codebook = codebookOf(captured, learning, learned)
-  return { codebook, report: await reporter.report(codebook, model, evalChunks) }
+  return { result: { codebook, report: await reporter.report(codebook, model, evalChunks) } }
+}
+
+/** Undefined where it cannot be tuned and nobody has asked that it be. */
+async function tuneBest(captured: Captured, codebook: Codebook, options: CalibrateOptions, choice: ChooseOptions | undefined): Promise<Tuned | undefined> {
+  const { tune, threads, signal, onProgress } = options
+  if (tune === false) return undefined
+  const { length, seed } = checkCapture(options)
+  const whole = (chunks: readonly (readonly number[])[]) => chunks.filter((chunk) => chunk.length === length)
+  const [learned, heldOut] = [whole(captured.learnedChunks), whole(captured.heldOutChunks)]
+  if (learned.length === 0 || heldOut.length === 0) {
+    if (tune === undefined) return undefined
+    throw rangeError(`Expected a text with chunks of ${length} tokens to learn from and to hold out for \`tune\` but received a shorter one`)
+  }
+  const { batch = 4 } = tune ?? {}
+  const steps = Math.min(280, Math.ceil((4 * learned.length) / batch))
+  const { window = 0, sinks = 0 } = choice ? checkChoice(choice, captured.model.shape.headDim) : {}
+  const plan = checkTune({ window, sinks, steps, checkEvery: Math.ceil(steps / 14), seed: Number(BigInt.asUintN(53, BigInt(seed))), length, ...tune })
+  const source = { model: captured.model, codebook, texts: [...learned, ...heldOut], heldOut: heldOut.length, text: captured.text }
+  const checkpoint = options.checkpoint === undefined ? {} : { checkpoint: `${options.checkpoint}.tune` }
+  return tuneChunks(source, plan, {
+    ...checkpoint, ...(threads !== undefined && { threads }), ...(signal && { signal }),
+    onProgress: ({ done, total }) => onProgress?.({ phase: 'tune', done, total }),
+  }).catch((error: unknown) => {
+    if (tune === undefined && codeOf(error) === 'ERR_COUPLET_UNSUPPORTED_MODEL') return undefined
+    throw error
+  })
 }
 
 /** How codecs are to be chosen; undefined when they are given. */

@@ -6,7 +6,7 @@ export { Cache, Sequence, Step } from './cache'
 export type {
   Activations, Calibrated, CalibrateOptions, CalibrationProgress, CalibrationReport, CalibrationWarning, Captured, CaptureActivationsOptions, Chosen,
   ChooseOptions, LayerError, LearnOptions, PredictedText, Sensitivity, SideActivations, SideError, SufferingPlace, TextInput, Texts, WeightKind,
-  TransformStep, TriedRecipe,
+  RecipeTuning, TransformStep, TriedRecipe,
 } from './calibrate'
 export { calibrate, captureActivations, chooseCodecs, learnCodebook } from './calibrate'
 export type { BackendState, Capabilities, DeviceInfo, SilentDevice } from './capabilities'

@@ -99,39 +99,56 @@ const keptLogitBytes = 2 ** 28
  */
 export async function tune(options: TuneOptions): Promise<Tuned> {
   requireObject(options, 'options')
-  const plan = checked(options)
+  const plan = checkTune(options)
   const reader = await TextReader.open(options.text, { directory: options.model, length: plan.length, signal: options.signal })
   const kept = new EvenChoice<number[]>(plan.steps * plan.batch + (plan.heldOut ?? mostHeldOut))
   for await (const { tokens } of reader.read()) if (tokens.length === plan.length) kept.add(tokens)
   const texts = kept.items
   if (texts.length < 2) throw rangeError(`Expected a text of at least two chunks of ${plan.length} tokens for \`text\` but received ${reader.tokens} tokens`)
+  const heldOut = plan.heldOut ?? Math.min(mostHeldOut, Math.max(1, Math.floor(texts.length / 10)))
+  if (heldOut >= texts.length) throw rangeError(`Expected fewer than ${texts.length} chunks, all that is kept of the text, for \`heldOut\` but received ${heldOut}`)
   const own = typeof options.codebook === 'string'
   const codebook = typeof options.codebook === 'string' ? await Codebook.load(options.codebook) : options.codebook
   if (!(codebook instanceof Codebook)) throwExpected('a Codebook or the path of one', 'codebook', codebook)
-  const threads = options.threads === undefined ? {} : { threads: options.threads }
   try {
-    using reference = await DecoderModel.load(options.model, threads)
-    const { shape, fingerprint } = reference
-    codebook.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
-    using model = await CodedGradientModel.load(reference.file, { codebook, sinks: plan.sinks, window: plan.window, ...threads })
-    const heldOut = plan.heldOut ?? Math.min(mostHeldOut, Math.max(1, Math.floor(texts.length / 10)))
-    if (heldOut >= texts.length) throw rangeError(`Expected fewer than ${texts.length} chunks, all that is kept of the text, for \`heldOut\` but received ${heldOut}`)
-    const { hash: text } = reader
-    const settings: TuneSettings = { model: fingerprint, codebook: createHash('sha256').update(codebook.toBuffer()).digest('hex'), text, ...plan, heldOut }
-    delete settings['patience'] // whoever resumes may have more of it
-    const tuning = new Tuning({ model, codebook, batches: new Batches(reference, texts, heldOut, plan), plan, settings })
-    const state = await tuning.run(options)
-    return { codebook: tuning.codebook(text, state), steps: state.step, bestStep: state.bestStep, before: state.before, after: state.best }
+    using model = await DecoderModel.load(options.model, options.threads === undefined ? {} : { threads: options.threads })
+    return await tuneChunks({ model, codebook, texts, heldOut, text: reader.hash }, plan, options)
   } finally {
     if (own) codebook.dispose()
   }
 }
 
+export interface TuneSource {
+  /** In full precision. */
+  model: DecoderModel
+  codebook: Codebook
+  /** Chunks of equal length; the last `heldOut` of them are kept apart to judge by. */
+  texts: readonly (readonly number[])[]
+  heldOut: number
+  /** Hash of the text that they are of. */
+  text: string
+}
+
+/** {@link tune} on chunks that somebody has already. */
+export async function tuneChunks({ model: reference, codebook, texts, heldOut, text }: TuneSource, plan: TunePlan,
+  options: Pick<TuneOptions, 'checkpoint' | 'threads' | 'signal' | 'onProgress'>): Promise<Tuned> {
+  const { shape, fingerprint } = reference
+  codebook.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
+  const { sinks, window } = plan
+  using model = await CodedGradientModel.load(reference.file, { codebook, sinks, window, ...(options.threads !== undefined && { threads: options.threads }) })
+  const settings: TuneSettings = { model: fingerprint, codebook: createHash('sha256').update(codebook.toBuffer()).digest('hex'), text, ...plan, heldOut }
+  delete settings['patience'] // whoever resumes may have more of it
+  const tuning = new Tuning({ model, codebook, batches: new Batches(reference, texts, heldOut, plan), plan, settings })
+  const state = await tuning.run(options)
+  return { codebook: tuning.codebook(text, state), steps: state.step, bestStep: state.bestStep, before: state.before, after: state.best }
+}
+
 type PlanName = 'length' | 'batch' | 'together' | 'steps' | 'rate' | 'window' | 'sinks' | 'checkEvery' | 'patience' | 'seed'
 
-type Plan = Required<Pick<TuneOptions, PlanName>> & { heldOut?: number }
+export type TunePlan = Required<Pick<TuneOptions, PlanName>> & { heldOut?: number }
 
-function checked(options: TuneOptions): Plan {
+/** Options with their defaults. */
+export function checkTune(options: Omit<TuneOptions, 'model' | 'codebook' | 'text'>): TunePlan {
   const { length = 512, batch = 4, steps = 280, rate = 0.02, window = 32, sinks = 4, checkEvery = 20, patience = 7, seed = 0, heldOut } = options
   const { together = batch } = options
   requireInteger(length, 'length', 2)
@@ -154,13 +171,13 @@ function checked(options: TuneOptions): Plan {
 /** Chunks in the order in which steps take them, with the logits that they are to have. */
 class Batches {
   readonly #model: DecoderModel
-  readonly #texts: readonly number[][]
+  readonly #texts: readonly (readonly number[])[]
   readonly #learned: number
-  readonly #plan: Plan
+  readonly #plan: TunePlan
   readonly #logits = new Map<number, Float32Array>()
   #logitBytes = 0
 
-  constructor(model: DecoderModel, texts: readonly number[][], heldOut: number, plan: Plan) {
+  constructor(model: DecoderModel, texts: readonly (readonly number[])[], heldOut: number, plan: TunePlan) {
     this.#model = model
     this.#texts = texts
     this.#learned = texts.length - heldOut
@@ -210,14 +227,14 @@ class Tuning {
   readonly #model: CodedGradientModel
   readonly #start: Codebook
   readonly #batches: Batches
-  readonly #plan: Plan
+  readonly #plan: TunePlan
   readonly #settings: TuneSettings
   readonly #tables: TuneTables
   /** Of every layer and side its parts, whose groups differ in size. */
   readonly #parts: Record<'key' | 'value', TablePart[][]>
 
   constructor({ model, codebook, batches, plan, settings }: {
-    model: CodedGradientModel; codebook: Codebook; batches: Batches; plan: Plan; settings: TuneSettings
+    model: CodedGradientModel; codebook: Codebook; batches: Batches; plan: TunePlan; settings: TuneSettings
   }) {
     this.#model = model
     this.#start = codebook

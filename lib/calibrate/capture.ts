@@ -15,9 +15,12 @@ import { EvenChoice, TextReader } from './text'
 export type WeightKind = 'uniform' | 'attention' | 'fisher'
 
 export interface CalibrationProgress {
-  /** `capture`: tokens are run through the model; `choose`: codecs are tried; `learn`: centroids are learned; `predict`: what they cost is measured. */
-  phase: 'capture' | 'choose' | 'learn' | 'predict'
-  /** Tokens; sides of layers by codecs; sides of layers, with the share that is done of the present one; chunks. */
+  /**
+   * `capture`: tokens are run through the model; `choose`: codecs are tried; `learn`: centroids are learned; `tune`: the best ones are tuned; `predict`:
+   * what they cost is measured.
+   */
+  phase: 'capture' | 'choose' | 'learn' | 'tune' | 'predict'
+  /** Tokens; sides of layers by codecs; sides of layers, with the share that is done of the present one; steps; chunks. */
   done: number
   /** An estimate until the text has ended; undefined for a stream. */
   total: number | undefined
@@ -62,7 +65,8 @@ export interface Captured {
   readonly sample: Activations
   /** To judge by: tokens of other chunks; undefined when the text was too short to hold any out. */
   readonly heldOut: Activations | undefined
-  /** Up to 8 of the chunks held out, evenly spread, as token ids. */
+  /** Up to 1120 of the chunks that may be learned from, and up to 8 of those held out, evenly spread, as token ids. */
+  readonly learnedChunks: readonly (readonly number[])[]
   readonly heldOutChunks: readonly (readonly number[])[]
   /** Tokens run, those held out among them. */
   readonly tokens: number
@@ -75,6 +79,9 @@ export interface Captured {
 
 /** Chunks that are kept as tokens, to be predicted when the codebook is there. */
 export const judgedChunks = 8
+
+/** Chunks that are kept as tokens for tuning: what its steps take at most when nothing else is asked for. */
+const tuningChunks = 1120
 
 /** Of `points`, for the tokens held out. */
 const heldOutPoints = 1 / 8
@@ -152,13 +159,14 @@ export async function capture(model: DecoderModel, options: CaptureActivationsOp
   const sample = sampleIn(stores.sample, points)
   const heldOut = sampleIn(stores.heldOut, heldOutPointsOf(points))
   const judged = new EvenChoice<readonly number[]>(judgedChunks)
+  const tuned = new EvenChoice<readonly number[]>(tuningChunks)
   const reader = await TextReader.open(options.text, { directory: options.directory, length, signal })
   const known = checkpoint?.state?.chunks ?? 0
   await using runner = new Runner(model, options)
   for await (const chunk of reader.read()) {
     signal?.throwIfAborted()
     const held = isHeldOut(chunk.index, share)
-    if (held) judged.add(chunk.tokens)
+    ;(held ? judged : tuned).add(chunk.tokens)
     if (chunk.index < known) {
       (held ? heldOut : sample).skip(chunk.tokens.length)
       if (chunk.index + 1 === known && reader.hash !== checkpoint?.state?.text) checkpoint?.refuseText()
@@ -178,7 +186,8 @@ export async function capture(model: DecoderModel, options: CaptureActivationsOp
     stores.heldOut.dispose()
   }
   const heldOutAny = heldOut.tokensKept > 0 ? heldOut : undefined
-  return { model, weights, sample, heldOut: heldOutAny, heldOutChunks: judged.items, tokens, text, dispose, [Symbol.dispose]: dispose }
+  const chosen = { learnedChunks: tuned.items, heldOutChunks: judged.items }
+  return { model, weights, sample, heldOut: heldOutAny, ...chosen, tokens, text, dispose, [Symbol.dispose]: dispose }
 }
 
 /** One chunk in 1 / share, first the one in the middle of the first so many. */

@@ -1,4 +1,4 @@
-import { access, constants } from 'node:fs/promises'
+import { access, constants, rm } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { Command, InvalidArgumentError, Option } from 'commander'
 import type { CalibrationProgress, CalibrationReport, PredictedText, TransformStep, TriedRecipe, WeightKind } from '../calibrate'
@@ -29,6 +29,7 @@ interface Flags {
   gradients?: string
   recipe: 'plain' | 'best'
   transforms?: TransformStep[]
+  tuneSteps?: number
   points: number
   heldOut: number
   iterations: number
@@ -42,7 +43,7 @@ interface Flags {
 }
 
 const titles: Record<CalibrationProgress['phase'], string> = {
-  capture: 'running the text', choose: 'trying codecs', learn: 'learning centroids', predict: 'judging',
+  capture: 'running the text', choose: 'trying codecs', learn: 'learning centroids', tune: 'tuning', predict: 'judging',
 }
 
 export function calibrateCommand(signal: AbortSignal): Command {
@@ -62,6 +63,7 @@ export function calibrateCommand(signal: AbortSignal): Command {
     .addOption(new Option('--weights <kind>', 'importance of a token').choices(['uniform', 'attention', 'fisher']).default('attention'))
     .addOption(new Option('--recipe <name>', 'best: tries weights and transforms, and keeps what predicts text held out best')
       .choices(['plain', 'best']).default('plain'))
+    .addOption(new Option('--tune-steps <count>', 'with --recipe best: tuning; 0: none (default: each chunk 4 times, 280 at most)').argParser(integer(0)))
     .addOption(new Option('--transforms <names>', `steps beside the tables, by commas: ${transformSteps.join(', ')}`).argParser(steps))
     .option('--gradients <file>', 'for fisher weights: gradients of this text, computed elsewhere (docs/gradients.md)')
     .addOption(new Option('--points <count>', 'tokens kept for learning, a uniform sample').default(32768).argParser(integer(1)))
@@ -76,18 +78,20 @@ export function calibrateCommand(signal: AbortSignal): Command {
     .addOption(deviceIndexOption())
     .action(async (flags: Flags) => {
       const progress = new Progress()
-      const { text, evalText, out, report: reportFile, checkpoint = `${out}.checkpoint`, ...others } = flags
+      const { text, evalText, out, report: reportFile, checkpoint = `${out}.checkpoint`, tuneSteps, ...others } = flags
       const { codec = 'cq-8c8b', bits, candidates, per, measure, sinks, window, ...rest } = others
       const choose = { candidates, per, measure, sinks, window }
       if (bits === undefined && Object.values(choose).some((given) => given !== undefined)) {
         throw new Error('--candidates, --per, --measure, --sinks and --window go with --bits')
       }
+      if (tuneSteps !== undefined && flags.recipe !== 'best') throw new Error('--tune-steps goes with --recipe best')
       try {
         for (const file of [out, reportFile ?? out]) await access(dirname(resolve(file)), constants.W_OK) // said before hours of learning, not after
-        const { codebook, report, tried } = await calibrate({
+        const { codebook, report, tried, tuned } = await calibrate({
           ...rest,
           ...(bits === undefined ? { codec } : { bits, choose }),
           text: textInputs(text),
+          ...(tuneSteps !== undefined && { tune: tuneSteps === 0 ? false : { steps: tuneSteps } }),
           ...(evalText && { evalText: textInputs(evalText) }),
           checkpoint,
           signal,
@@ -95,12 +99,16 @@ export function calibrateCommand(signal: AbortSignal): Command {
         })
         progress.stop()
         await codebook.save(out)
-        if (reportFile !== undefined) await writeAtomically(reportFile, [new TextEncoder().encode(`${JSON.stringify({ ...report, ...(tried && { tried }) }, null, 2)}\n`)])
-        for (const folder of [checkpoint, ...(tried ?? []).map(({ weights }) => `${checkpoint}.${weights}`)]) await removeCheckpoint(folder)
+        if (reportFile !== undefined) await writeAtomically(reportFile, [new TextEncoder().encode(`${JSON.stringify({ ...report, tried, tuned }, null, 2)}\n`)])
+        for (const folder of [checkpoint, ...(tried ?? []).map(({ weights }) => `${checkpoint}.${weights}`)]) {
+          await removeCheckpoint(folder)
+          await rm(`${folder}.tune`, { force: true })
+        }
         console.log(`${out}: ${codecNames(report)}, ${codebook.layers} layers, ${codebook.kvHeads} kv heads, headDim ${codebook.headDim}`)
         printChoice(codebook)
         if (codebook.transforms.length > 0) console.log(`transforms      ${codebook.transforms.join(', ')}`)
         if (tried) printTried(tried)
+        if (tuned) console.log(`tuned           KL divergence ${tuned.before.toFixed(5)} -> ${tuned.after.toFixed(5)} on text held out, ${tuned.bestStep} of ${tuned.steps} steps`)
         print(report)
         codebook.dispose()
       } finally {

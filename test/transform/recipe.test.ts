@@ -1,5 +1,7 @@
 // What is learned: channels that no longer correlate, groups of equal weight, metrics of gradients; and the recipe that tries them.
 import assert from 'node:assert/strict'
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 
 import { Codebook, evaluate } from '../../lib'
@@ -109,7 +111,8 @@ describe('the recipe best', function () {
   const options = { model, text, length: 128, codec: 'cq-8c3b', heldOut: 0.2, iterations: 3, threads: 1 } as const
 
   it('tries weights and transforms, and keeps what predicts best', async () => {
-    const { codebook, tried, report } = await calibrate({ ...options, recipe: 'best' })
+    const { codebook, tried, report, tuned } = await calibrate({ ...options, recipe: 'best', tune: false })
+    assert.equal(tuned, undefined)
     assert.deepEqual(tried!.map(({ weights, transforms }) => [weights, ...transforms].join(' ')),
       ['fisher', 'fisher key.metric value.metric', 'fisher value.mix', 'fisher key.metric value.mix', 'attention', 'attention value.mix'])
     const least = tried!.reduce((a, b) => (b.codedLoss < a.codedLoss ? b : a))
@@ -130,5 +133,38 @@ describe('the recipe best', function () {
     await assert.rejects(learnCodebook(captured, { codec: 'cq-8c3b', transforms: ['key.twist' as 'key.metric'] }), /"value.mix" for `transforms`/)
     await assert.rejects(calibrate({ ...options, recipe: 'better' as 'best' }), /"plain" or "best" for `recipe`/)
     await assert.rejects(calibrate({ ...options, heldOut: 0, recipe: 'best' }), /chunks to hold out/)
+    await assert.rejects(calibrate({ ...options, tune: { steps: 2 } }), /recipe "best" beside `tune` but received "plain"/)
+    await assert.rejects(calibrate({ ...options, recipe: 'best', tune: 3 as unknown as false }), /for `tune` but received 3/)
+  })
+
+  it('ends with tuning, which a checkpoint keeps too', async () => {
+    const folder = mkdtempSync(join(tmpdir(), 'couplet-recipe-'))
+    const steps: number[] = []
+    const once = async () => calibrate({
+      ...options, recipe: 'best', transforms: [], tune: { steps: 6, checkEvery: 2 }, checkpoint: join(folder, 'state'),
+      onProgress: ({ phase, done }) => { if (phase === 'tune') steps.push(done) },
+    })
+    const { codebook, report, tried, tuned } = await once()
+    assert.ok(tuned!.bestStep > 0 && tuned!.after < tuned!.before, JSON.stringify(tuned))
+    assert.deepEqual(steps.slice(0, 6), [1, 2, 3, 4, 5, 6])
+    const { window, sinks } = codebook.metadata.learned!.tuned!
+    assert.deepEqual([window, sinks], [0, 0])
+    // The report is of the tuned tables and not of those that were tried.
+    const chunks = Array.from({ length: 12 }, (_, i) => text.slice(128 * i, 128 * (i + 1))).filter((_, i) => i % 5 === 2)
+    const { perplexity } = await evaluate({ model, text: chunks.flat(), codebook, length: 128, threads: 1 })
+    assert.ok(Math.abs(report.expected!.coded.perplexity / perplexity - 1) < 1e-6)
+    assert.ok(tried!.every((one) => Math.abs(one.perplexity / perplexity - 1) > 1e-6))
+    const shown = steps.length
+    const again = await once()
+    assert.equal(steps.length, shown)
+    assert.deepEqual(again.codebook.toBuffer(), codebook.toBuffer())
+    rmSync(folder, { recursive: true })
+  })
+
+  it('does without tuning where the text has no chunk to tune on, unless it was asked for', async () => {
+    const short = { ...options, text: text.slice(0, 300), length: 512, heldOut: 0.5 } as const
+    const twoTexts = { ...short, text: [text.slice(0, 300), text.slice(300, 600)], recipe: 'best', transforms: [] } as const
+    assert.equal((await calibrate(twoTexts)).tuned, undefined)
+    await assert.rejects(calibrate({ ...twoTexts, tune: {} }), /chunks of 512 tokens to learn from and to hold out for `tune`/)
   })
 })

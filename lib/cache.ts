@@ -12,7 +12,7 @@ import { isDeviceMemory, placeOf } from './device'
 import { CoupletError, describe, rangeError, throwExpected, typeError } from './errors'
 import { addon } from './native/addon'
 import type {
-  NativeAttendArguments, NativeCache, NativeCodebook, NativeLayerOptions, NativeRotary, NativeRows, NativeSequence, NativeStep,
+  NativeAttendArguments, NativeCache, NativeCodebook, NativeCodebookArguments, NativeLayerOptions, NativeRotary, NativeRows, NativeSequence, NativeStep,
 } from './native/cache'
 import type { NativeDevice } from './native/device'
 import { abortable, refusePromiseOptions } from './native/call'
@@ -189,6 +189,7 @@ export class Cache {
   readonly codebook: Codebook | undefined
 
   /**
+   * Blocks while the tables of a codebook that no cache on the device has yet are made ready; {@link Cache.create} does not.
    * @throws {CoupletError} `ERR_COUPLET_CODEBOOK_MISMATCH` when the codebook and the other options disagree
    * @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT`
    */
@@ -235,6 +236,18 @@ export class Cache {
       },
       ...place,
     })
+  }
+
+  /**
+   * As the constructor, but the tables of a codebook that no cache on the device has yet are made ready, and taken there, off the JavaScript thread.
+   * Leave the codebook's tables alone until then.
+   * @throws what the constructor throws
+   */
+  static async create(options: CacheOptions): Promise<Cache> {
+    requireObject(options, 'options')
+    const { codebook, device, deviceIndex } = options
+    if (codebook instanceof Codebook) await prepareCodebook(codebook, addon().findDevice({ device, deviceIndex }))
+    return new Cache(options)
   }
 
   /** An empty sequence. */
@@ -518,24 +531,39 @@ function sameFloats(one: Float32Array, other: Float32Array): boolean {
 /** The tables of a codebook as a backend keeps them, shared by its caches. */
 const nativeCodebooks = new WeakMap<Codebook, Map<string, NativeCodebook>>()
 
-function nativeCodebook(codebook: Codebook, place: NativeDevice): NativeCodebook {
-  const device = `${place.device} ${place.deviceIndex}`
-  const { layers, kvHeads, headDim, codecs } = codebook
-  const everyLayer = Array.from({ length: layers }, (_, layer) => layer)
-  const keyTables = everyLayer.map((layer) => codebook.keyTable(layer)) // throws after dispose()
+function heldCodebooks(codebook: Codebook): Map<string, NativeCodebook> {
   const held = nativeCodebooks.get(codebook) ?? new Map<string, NativeCodebook>()
   nativeCodebooks.set(codebook, held)
-  let native = held.get(device)
-  if (native === undefined) {
-    const valueTables = everyLayer.map((layer) => codebook.valueTable(layer))
-    const every = (name: TransformName) => codebook.transforms.includes(name) ? everyLayer.map((layer) => codebook.transform(name, layer)!) : undefined
-    const transforms = {
-      keyMetrics: every('key.metric'), valueMetrics: every('value.metric'), valueMixes: every('value.mix'), valueUnmixes: every('value.unmix'),
-    }
-    native = addon().createCodebook({ layers, kvHeads, headDim, codecs, keyTables, valueTables, ...transforms, ...place })
-    held.set(device, native)
-  }
+  return held
+}
+
+const placeName = ({ device, deviceIndex }: NativeDevice): string => `${device} ${deviceIndex}`
+
+function nativeCodebook(codebook: Codebook, place: NativeDevice): NativeCodebook {
+  const tables = nativeTables(codebook) // throws after dispose()
+  const held = heldCodebooks(codebook)
+  const native = held.get(placeName(place)) ?? addon().createCodebookSync({ ...tables, ...place })
+  held.set(placeName(place), native)
   return native
+}
+
+/** So that {@link nativeCodebook} has it. */
+async function prepareCodebook(codebook: Codebook, place: NativeDevice): Promise<void> {
+  if (heldCodebooks(codebook).has(placeName(place))) return
+  const native = await addon().createCodebook({ ...nativeTables(codebook), ...place })
+  heldCodebooks(codebook).set(placeName(place), native)
+}
+
+function nativeTables(codebook: Codebook): Omit<NativeCodebookArguments, keyof NativeDevice> {
+  const { layers, kvHeads, headDim, codecs } = codebook
+  const everyLayer = Array.from({ length: layers }, (_, layer) => layer)
+  const every = (name: TransformName) => codebook.transforms.includes(name) ? everyLayer.map((layer) => codebook.transform(name, layer)!) : undefined
+  return {
+    layers, kvHeads, headDim, codecs,
+    keyTables: everyLayer.map((layer) => codebook.keyTable(layer)),
+    valueTables: everyLayer.map((layer) => codebook.valueTable(layer)),
+    keyMetrics: every('key.metric'), valueMetrics: every('value.metric'), valueMixes: every('value.mix'), valueUnmixes: every('value.unmix'),
+  }
 }
 
 interface AttentionShape {

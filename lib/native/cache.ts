@@ -107,8 +107,10 @@ export interface NativeAttendArguments extends NativeControl {
 
 /** What native/binding/cache.cc exports. */
 export interface CacheAddon {
-  /** Napi::Value create_codebook(const Napi::CallbackInfo& info) */
-  createCodebook(options: NativeCodebookArguments): NativeCodebook
+  /** Napi::Value promise_form<CodebookWorker>(const Napi::CallbackInfo& info) */
+  createCodebook(options: NativeCodebookArguments): Promise<NativeCodebook>
+  /** Napi::Value sync_form<CodebookWorker>(const Napi::CallbackInfo& info) */
+  createCodebookSync(options: NativeCodebookArguments): NativeCodebook
   /** Napi::Value find_device(const Napi::CallbackInfo& info): what `auto` and defaults mean; throws when it is not there */
   findDevice(options: NativeDevice): { device: string; deviceIndex: number }
   /** Napi::Value create_cache(const Napi::CallbackInfo& info) */

@@ -142,7 +142,7 @@ export class DecoderModel {
     ])
     try {
       codebook?.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
-      const cache = createCache(shape, layers, options)
+      const cache = await createCache(shape, layers, options)
       const inputs = { names, measuredPasts, kvHeads: shape.kvHeads }
       return new DecoderModel(session, { shape, fingerprint, cache, executionProvider: provider, inputs, ...ports })
     } catch (error) {
@@ -234,10 +234,10 @@ export class DecoderModel {
   }
 }
 
-function createCache(shape: ModelShape, layers: readonly AttentionLayer[], options: DecoderModelOptions): Cache {
+function createCache(shape: ModelShape, layers: readonly AttentionLayer[], options: DecoderModelOptions): Promise<Cache> {
   const { codebook, window, sinks, memory, threads, device, deviceIndex } = options
   const { queryHeads, kvHeads, headDim } = shape
-  return new Cache({
+  return Cache.create({
     ...(codebook && { codebook }),
     layers: shape.layers,
     queryHeads,

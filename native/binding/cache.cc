@@ -123,11 +123,11 @@ Codebook::Shape read_shape(const Options& options) {
   return shape;
 }
 
-// One array a layer, of as many floats as elements_of(part) says for its parts together, to where `place` points; none at all where
-// the option is absent.
-template <class Elements, class PlaceOf>
-void read_layers(const Options& options, const char* name, const Codebook::Shape& shape, const Elements& elements_of,
-                 std::vector<Codebook::Source>* sources, const PlaceOf& place_of) {
+// One array a layer, of as many floats as elements_of(part) says for its parts together, by `pin` to where `place` points; none at all
+// where the option is absent.
+template <class Pin, class Elements, class PlaceOf>
+void read_layers(const Options& options, const char* name, const Codebook::Shape& shape, const Pin& pin,
+                 const Elements& elements_of, std::vector<Codebook::Source>* sources, const PlaceOf& place_of) {
   Napi::Array const list = options.list(name);
   if (list.Length() != sources->size())
     throw_expected(options.env(), std::to_string(sources->size()) + " entries", name, options.get(name));
@@ -135,11 +135,12 @@ void read_layers(const Options& options, const char* name, const Codebook::Shape
     size_t elements = 0;
     if (layer < shape.codecs.size())
       for (const HeadCodecs& part : shape.codecs[layer]) elements += elements_of(part);
-    place_of((*sources)[layer]) = read_array<float>(list.Get(layer), name, elements).data;
+    place_of((*sources)[layer]) = pin(read_array<float>(list.Get(layer), name, elements));
   }
 }
 
-std::vector<Codebook::Source> read_sources(const Options& options, const Codebook::Shape& shape) {
+template <class Pin>
+std::vector<Codebook::Source> read_sources(const Options& options, const Codebook::Shape& shape, const Pin& pin) {
   std::vector<Codebook::Source> sources(static_cast<size_t>(shape.layers));
   struct Side {
     couplet_codec HeadCodecs::*codec;
@@ -151,34 +152,44 @@ std::vector<Codebook::Source> read_sources(const Options& options, const Codeboo
     auto const centroids = [&](const HeadCodecs& part) {
       return product({part.heads, shape.head_dim, couplet_codec_centroids(part.*side.codec)});
     };
-    read_layers(options, side.tables, shape, centroids, &sources,
+    read_layers(options, side.tables, shape, pin, centroids, &sources,
                 [&](Codebook::Source& source) -> const float*& { return source.tables[at]; });
     if (!options.has(side.metrics)) continue;
     auto const matrices = [&](const HeadCodecs& part) {
       return product({part.heads, shape.head_dim, (part.*side.codec).group_channels});
     };
-    read_layers(options, side.metrics, shape, matrices, &sources,
+    read_layers(options, side.metrics, shape, pin, matrices, &sources,
                 [&](Codebook::Source& source) -> const float*& { return source.metrics[at]; });
   }
   if (!options.has("valueMixes")) return sources;
   auto const square = [&](const HeadCodecs& part) { return product({part.heads, shape.head_dim, shape.head_dim}); };
-  read_layers(options, "valueMixes", shape, square, &sources,
+  read_layers(options, "valueMixes", shape, pin, square, &sources,
               [](Codebook::Source& source) -> const float*& { return source.value_mix; });
-  read_layers(options, "valueUnmixes", shape, square, &sources,
+  read_layers(options, "valueUnmixes", shape, pin, square, &sources,
               [](Codebook::Source& source) -> const float*& { return source.value_unmix; });
   return sources;
 }
 
-Napi::Value create_codebook(const Napi::CallbackInfo& info) {
-  Options const options(info[0]);
-  Codebook::Shape const shape = read_shape(options);
-  std::shared_ptr<const Codebook> codebook;
-  couplet_report report{};
-  throw_unless_ok(info.Env(),
-                  Codebook::create(read_device(options), shape, read_sources(options, shape), &codebook, &report),
-                  report);
-  return make_handle(info.Env(), std::make_unique<CodebookHandle>(info.Env(), std::move(codebook)));
-}
+class CodebookWorker : public DeviceWorker {
+ public:
+  explicit CodebookWorker(const Options& options)
+      : DeviceWorker(options),
+        shape_(read_shape(options)),
+        sources_(read_sources(options, shape_, [this](const View<float>& array) { return pin(array); })) {}
+
+ protected:
+  couplet_status run(const Device& device, couplet_report* report) override {
+    return Codebook::create(device, shape_, sources_, &codebook_, report);
+  }
+  Napi::Value result(Napi::Env env) override {
+    return make_handle(env, std::make_unique<CodebookHandle>(env, std::move(codebook_)));
+  }
+
+ private:
+  Codebook::Shape const shape_;
+  std::vector<Codebook::Source> const sources_;
+  std::shared_ptr<const Codebook> codebook_;
+};
 
 // ---- caches -------------------------------------------------------------------------------------------------------
 
@@ -481,7 +492,8 @@ Napi::Value abort_step(const Napi::CallbackInfo& info) {
 }  // namespace
 
 void export_cache(Napi::Env env, Napi::Object exports) {
-  exports.Set("createCodebook", Napi::Function::New(env, create_codebook, "createCodebook"));
+  exports.Set("createCodebook", Napi::Function::New(env, promise_form<CodebookWorker>, "createCodebook"));
+  exports.Set("createCodebookSync", Napi::Function::New(env, sync_form<CodebookWorker>, "createCodebookSync"));
   exports.Set("findDevice", Napi::Function::New(env, find_device, "findDevice"));
   exports.Set("createCache", Napi::Function::New(env, create_cache, "createCache"));
   exports.Set("cacheStatistics", Napi::Function::New(env, cache_statistics, "cacheStatistics"));

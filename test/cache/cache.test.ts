@@ -84,12 +84,14 @@ describe('Cache', () => {
     ['short head sinks', { ...options, layerOptions: { headSinks: new Float32Array(3) } }, /4 queryHeads.*`headSinks`/],
   ]
   for (const [what, given, message] of refused)
-    it(`refuses ${what}`, () => {
-      assert.throws(() => new Cache(given as CacheOptions), (error: CoupletError) => {
+    it(`refuses ${what}`, async () => {
+      const isRefused = (error: CoupletError): boolean => {
         assert.ok(error instanceof CoupletError)
         assert.match(error.message, message)
         return error.code === 'ERR_COUPLET_INVALID_ARGUMENT'
-      })
+      }
+      assert.throws(() => new Cache(given as CacheOptions), isRefused)
+      await assert.rejects(Cache.create(given as CacheOptions), isRefused)
     })
 
   it('refuses a codebook of another shape and of another rotary kind, naming both sides', () => {
@@ -102,6 +104,33 @@ describe('Cache', () => {
     assert.throws(() => new Cache({ codebook: other, queryHeads: 2, rotary: { kind: 'half', theta: 1e4 } }), { code: 'ERR_COUPLET_CODEBOOK_MISMATCH' })
     other.dispose()
     assert.throws(() => new Cache({ codebook: other, queryHeads: 2 }), { code: 'ERR_COUPLET_DISPOSED' })
+  })
+
+  it('is made off the JavaScript thread when a promise is asked for', async () => {
+    const fresh = Codebook.fromBuffer(codebook.toBuffer())
+    let isMade = false
+    const made = Cache.create({ ...options, codebook: fresh }).then((cache) => {
+      isMade = true
+      return cache
+    })
+    for (let i = 0; i < 100; i++) await undefined // what was made on this thread would be there; another thread's word needs a turn of the event loop
+    assert.equal(isMade, false)
+    ;(await made).dispose()
+  })
+
+  it('is the same by a promise and by the constructor, several at once', async () => {
+    const fresh = Codebook.fromBuffer(codebook.toBuffer())
+    const caches = await Promise.all([1, 2, 3].map(() => Cache.create({ ...options, codebook: fresh })))
+    const inputs = newTokens(20, random(5))
+    const outputs = []
+    for (const cache of [...caches, new Cache(options)]) {
+      const step = cache.begin([{ sequence: cache.sequence(), tokens: 20 }])
+      outputs.push(await Promise.all(inputs.map((input, layer) => step.attend(layer, [input]))))
+      step.commit()
+    }
+    for (const output of outputs) assert.deepEqual(output, outputs[0])
+    fresh.dispose()
+    await assert.rejects(Cache.create({ ...options, codebook: fresh }), { code: 'ERR_COUPLET_DISPOSED' })
   })
 
   it('is as it was when the budget is spent, and goes on when there is room again', async () => {

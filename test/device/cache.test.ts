@@ -333,6 +333,17 @@ describeOn('gpus', 'Cache in a process of its own', (device) => {
     `, { COUPLET_SIM_MEMORY: String(8 << 20) })
   })
 
+  it('says that the device has no memory for the tables', () => {
+    passes(`
+      const large = new Float32Array(64 * 4096).fill(1)
+      const tables = { keyTables: [large], valueTables: [large], keyCodec: 'cq-8c12b', valueCodec: 'cq-8c12b', kvHeads: 2, headDim: 32 }
+      const given = { ...options, layers: 1, codebook: couplet.Codebook.fromTables(tables) }
+      await assert.rejects(Cache.create(given), { code: 'ERR_COUPLET_OUT_OF_MEMORY' })
+      assert.throws(() => new Cache(given), { code: 'ERR_COUPLET_OUT_OF_MEMORY' })
+      ;(await Cache.create(options)).dispose()
+    `, { COUPLET_SIM_MEMORY: String(1 << 20) })
+  })
+
   it('tells a device that fails, and can still be disposed', () => {
     passes(`
       const cache = new Cache(options)

@@ -42,10 +42,11 @@ enum class Body { general, lookup, gather, staged };
 // The lookup body needs both codebooks of a kv head in shared memory (sm_90, sm_100: 227 KB; sm_80 has 163), pages of 64 tokens
 // with rows on 16 bytes, and keys that it may rotate by their offset in a block alone, channel i with i + 64.
 Body select(const couplet_attend_params& params) {
-  auto const is_8c8b = [](couplet_codec codec) { return codec.group_channels == 8 && codec.code_bits == 8; };
+  int const channels = params.key_codec.group_channels;
   bool const shape =
-      params.head_dim == 128 && params.query_heads / params.kv_heads <= lookup_rows && is_8c8b(params.key_codec) &&
-      is_8c8b(params.value_codec) && params.page_tokens == 64 &&
+      params.head_dim == 128 && params.query_heads / params.kv_heads <= lookup_rows &&
+      params.key_codec.code_bits == 8 && params.value_codec.code_bits == 8 &&
+      params.value_codec.group_channels == channels && params.page_tokens == 64 &&
       (params.key_page_offset | params.key_page_stride | params.value_page_offset | params.value_page_stride) % 16 == 0;
   bool const tables = params.key_table && params.value_table && table_of(params.key_table)->by_code &&
                       table_of(params.value_table)->by_code;
@@ -53,7 +54,7 @@ Body select(const couplet_attend_params& params) {
   bool const rotary =
       angles.pairs == 0 || (angles.offsets && angles.kind == COUPLET_ROTARY_HALF && angles.pairs == 64 &&
                             rotary_of(params.rotary)->positions <= rotary_block * rotary_blocks);
-  if (shape && tables && rotary && has_lookup()) return Body::lookup;
+  if (shape && tables && rotary && has_lookup(channels)) return Body::lookup;
   if (has_gather(params)) return Body::gather;
   return has_staged(params) ? Body::staged : Body::general;
 }

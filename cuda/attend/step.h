@@ -215,6 +215,7 @@ bool has_gather(const couplet_attend_params& params);
 int gather_rows(const couplet_attend_params& params);
 bool has_staged(const couplet_attend_params& params);
 int staged_rows(const couplet_attend_params& params);
-bool has_lookup();  // whether this device has the shared memory, and this library a body for it
+bool has_lookup(
+    int channels);  // whether this device has the shared memory, and this library a body for groups of so many channels
 
 }  // namespace couplet::cuda::attend

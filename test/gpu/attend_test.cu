@@ -247,43 +247,49 @@ void check_dtypes(const CaseShape& shape, const char* body) {
   }
 }
 
-CaseShape llama(int32_t kv_heads, int32_t group_heads, std::vector<SequenceShape> sequences) {
+CaseShape llama(int32_t kv_heads, int32_t group_heads, std::vector<SequenceShape> sequences, int32_t channels = 8) {
   return {.kv_heads = kv_heads,
           .group_heads = group_heads,
           .head_dim = 128,
+          .key_codec = {channels, 8},
+          .value_codec = {channels, 8},
           .rotary_kind = COUPLET_ROTARY_HALF,
           .rotary_dim = 128,
           .sequences = std::move(sequences)};
 }
 
 void lookup_shapes() {
-  for (int32_t heads : {1, 2, 3, 4})
-    check_case(llama(1, heads, {{.before = 700, .sinks = 4, .window = 32}}), 1, "lookup");
-  // Ragged ends, no codes at all, one token, codes without sinks or window, and an idle sequence beside longer ones.
-  check_case(llama(2, 4,
-                   {{.before = 1600, .sinks = 4, .window = 33},
-                    {.before = 0},
-                    {.before = 100, .uncoded = true},
-                    {.before = 65, .queries = 0},
-                    {.before = 520, .sinks = 70, .window = 1},
-                    {.before = 1030, .window = 0, .coded_prefill = true}}),
-             2, "lookup");
-  CaseShape shape =
-      llama(2, 4, {{.before = 900, .sinks = 4, .window = 32}, {.before = 300, .sinks = 4, .window = 200}});
-  shape.local_window = 600;
-  check_case(shape, 3, "lookup");
-  shape.softcap = 5;
-  shape.head_sinks = true;
-  check_case(shape, 4, "lookup");
-  shape.tables = Tables::scaled;
-  shape.query_scale = 3;
-  check_case(shape, 5, "lookup", 3);
-  shape.rotary_kind = 0;
-  check_case(shape, 6, "lookup", 3);
-  // A prompt and a step together.
-  check_case(
-      llama(1, 4, {{.before = 300, .sinks = 4, .window = 32}, {.before = 20, .queries = 9, .sinks = 4, .window = 8}}),
-      7, "lookup");
+  for (int32_t const channels : {8, 4}) {
+    for (int32_t heads : {1, 2, 3, 4})
+      check_case(llama(1, heads, {{.before = 700, .sinks = 4, .window = 32}}, channels), 1, "lookup");
+    // Ragged ends, no codes at all, one token, codes without sinks or window, and an idle sequence beside longer ones.
+    check_case(llama(2, 4,
+                     {{.before = 1600, .sinks = 4, .window = 33},
+                      {.before = 0},
+                      {.before = 100, .uncoded = true},
+                      {.before = 65, .queries = 0},
+                      {.before = 520, .sinks = 70, .window = 1},
+                      {.before = 1030, .window = 0, .coded_prefill = true}},
+                     channels),
+               2, "lookup");
+    CaseShape shape =
+        llama(2, 4, {{.before = 900, .sinks = 4, .window = 32}, {.before = 300, .sinks = 4, .window = 200}}, channels);
+    shape.local_window = 600;
+    check_case(shape, 3, "lookup");
+    shape.softcap = 5;
+    shape.head_sinks = true;
+    check_case(shape, 4, "lookup");
+    shape.tables = Tables::scaled;
+    shape.query_scale = 3;
+    check_case(shape, 5, "lookup", 3);
+    shape.rotary_kind = 0;
+    check_case(shape, 6, "lookup", 3);
+    // A prompt and a step together.
+    check_case(
+        llama(1, 4, {{.before = 300, .sinks = 4, .window = 32}, {.before = 20, .queries = 9, .sinks = 4, .window = 8}},
+              channels),
+        7, "lookup");
+  }
 }
 
 CaseShape gathered(int32_t channels, int32_t head_dim, int32_t group_heads, std::vector<SequenceShape> sequences) {
@@ -301,7 +307,7 @@ void gather_shapes() {
   for (int32_t channels : {2, 4, 8})
     for (int32_t head_dim : {64, 128})
       for (int32_t heads : {1, 4, 7}) {
-        if (channels == 8 && head_dim == 128 && heads <= 4) continue;  // lookup's
+        if (channels >= 4 && head_dim == 128 && heads <= 4) continue;  // lookup's
         check_case(gathered(channels, head_dim, heads, {{.before = 700, .sinks = 4, .window = 32}}), 1, "gather");
       }
   // headDims that are rounded up; 8 and 16 heads; some channels, or none, that are rotated.
@@ -319,7 +325,7 @@ void gather_shapes() {
     check_case(shape, 4, "gather");
   }
   // Ragged ends, no codes at all, one token, codes without sinks or window, and an idle sequence beside longer ones.
-  CaseShape shape = gathered(4, 128, 4,
+  CaseShape shape = gathered(4, 112, 4,
                              {{.before = 1600, .sinks = 4, .window = 33},
                               {.before = 0},
                               {.before = 100, .uncoded = true},

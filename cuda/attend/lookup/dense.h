@@ -1,19 +1,19 @@
 // Tokens in full precision, by the value warps.
 #pragma once
 
-#include "values.h"
+#include "shared.h"
 
 namespace couplet::cuda::attend::lookup {
 
 // A warp takes 4 of each 32 tokens; a lane holds channels lane + 32 k, of which k and k + 2 are a pair. Keys are rotated to
 // the query, which is the plain one.
-template <bool Softcap>
+template <bool Softcap, class Shared>
 __device__ __forceinline__ void take_dense(const Step& step, Shared& shared) {
   constexpr int chunk = 4;  // tokens whose loads are under way together
   constexpr int parts = head_dim / 32;
   int const warp = warp_of_role();
   int const lane = gpu::lane_id();
-  const auto* const queries = reinterpret_cast<const float*>(shared.queries[0]);
+  const float* const queries = plain_queries(shared);
   const Segment& segment = shared.segment;
   const couplet_attend_sequence& sequence = step.params.sequences[segment.sequence];
   int const below = size_of(segment.seen.below);

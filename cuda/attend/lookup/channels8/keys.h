@@ -1,4 +1,4 @@
-// Key warps: codes and queries -> logits.
+// Key warps of 8c8b: codes and queries -> logits.
 //   Keys are the A operand, rows = tokens. Lane (g, t) looks up groups 4s + t of tokens 8g to 8g + 7; lanes with odd g visit s ^ 1 where
 //   the others visit s, so that the 8 lanes of a phase touch 8 groups. The queries are there twice: columns 0-3 in the order of even
 //   rows, columns 4-7 in that of odd rows, and each row's logits are read in its own half ("the lane's class").
@@ -8,7 +8,7 @@
 
 #include "shared.h"
 
-namespace couplet::cuda::attend::lookup {
+namespace couplet::cuda::attend::lookup::channels8 {
 
 // [token's bit 1][its bit 0][s][pair of channels]
 struct KeyAngles {
@@ -166,4 +166,4 @@ __device__ __forceinline__ void take_keys(const Step& step, Shared& shared, cons
   }
 }
 
-}  // namespace couplet::cuda::attend::lookup
+}  // namespace couplet::cuda::attend::lookup::channels8

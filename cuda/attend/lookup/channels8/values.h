@@ -1,4 +1,4 @@
-// Value warps: logits and codes -> weighted sums. They also rotate the queries for the key warps.
+// Value warps of 8c8b: logits and codes -> weighted sums. They also rotate the queries for the key warps.
 //   Values are the A operand, rows = groups, one mma for each of the 8 channels of a group. Lanes with odd t swap the two groups of their
 //   rows, the table lies there twice for the lanes' other bit, and the halves of the sums are added once, at the end. Lane (g, t)
 //   has tokens 8t to 8t + 7 and those 32 further on; the weights are the B operand, columns = rows of queries, twice: columns 0-3
@@ -7,10 +7,30 @@
 
 #include "shared.h"
 
-namespace couplet::cuda::attend::lookup {
+namespace couplet::cuda::attend::lookup::channels8 {
 
-constexpr float headroom =
-    10;  // powers stay below 2^10, far below the end of float16; smaller rises of the maximum rescale nothing
+// ---- table ----------------------------------------------------------------------------------------------------------------
+// Issues the copies of the value codebook, by the value warps. 16 lanes write to 16 different columns of 8 bytes: those of the
+// groups of a code, where bit 2 of the group chooses which copy comes first.
+__device__ __forceinline__ void load_values(const Step& step, int kv_head, Shared& shared) {
+  const unsigned char* const rows =
+      reinterpret_cast<const unsigned char*>(step.value_by_code) + int64_t{kv_head} * key_bytes;
+  int const thread = warp_of_role() * 32 + gpu::fresh_lane_id();
+#pragma unroll 1
+  for (int index = thread; index < key_bytes / row_bytes; index += role_threads) {
+    int const code = index / 16;
+    int const group = index % 16;
+    int const first = group >> 2 & 1;
+    unsigned char* const to = shared.values + (group >> 2 & 1) * key_bytes + code * code_bytes +
+                              ((group & 3) * 4 + (group >> 3) * 2) * row_bytes / 2;
+#pragma unroll
+    for (int four = 0; four < 2; ++four)
+#pragma unroll
+      for (int copy = 0; copy < 2; ++copy)
+        gpu::cp_async<8>(to + four * code_bytes / 2 + (copy ^ first) * 8, rows + index * row_bytes + four * 8);
+  }
+  gpu::cp_async_commit();
+}
 
 // ---- queries -----------------------------------------------------------------------------------------------------------------
 // A thread rotates one pair of one query for all units.
@@ -30,7 +50,7 @@ __device__ __forceinline__ void load_query(const Step& step, Shared& shared) {
     value = {load_element(sequence.queries, step.params.query_dtype, query) * factor,
              load_element(sequence.queries, step.params.query_dtype, query + pairs) * factor};
   }
-  auto* const plain = reinterpret_cast<float*>(shared.queries[0]);
+  float* const plain = plain_queries(shared);
   plain[row * head_dim + pair] = value.x;
   plain[row * head_dim + pair + pairs] = value.y;
   if (step.angles.pairs) {
@@ -61,48 +81,6 @@ __device__ __forceinline__ void write_query(const Step& step, Shared& shared, fl
   }
   __syncwarp();
   if (gpu::lane_id() == 0) gpu::arrive(shared.rotated[page % 2]);
-}
-
-// ---- what the warps leave ----------------------------------------------------------------------------------------------------
-// A value warp's weighted sums, [rows][head_dim].
-__device__ __forceinline__ float* left_by(Shared& shared, int warp) {
-  return reinterpret_cast<float*>(shared.pairs[warp].value_codes);
-}
-
-// Adds what the value warps left to the segment's partial result, whose slot holds the sum of what was added `before`. Comes with a
-// barrier of the value warps before and behind.
-__device__ __forceinline__ void fold_warps(const Step& step, Shared& shared, bool before) {
-  constexpr int elements = rows * head_dim / role_threads;
-  gpu::barrier_sync(value_barrier, role_threads);
-  int const thread = warp_of_role() * 32 + gpu::fresh_lane_id();
-  int64_t const slot = static_cast<int64_t>(shared.segment.slot) * rows;
-  float2 total[elements];
-#pragma unroll
-  for (int i = 0; i < elements; ++i) {
-    int const element = thread + i * role_threads;
-    int const row = element / head_dim;
-    float* const place = step.weighted + slot * head_dim + element;
-    float2 const old = before ? shared.total[row] : float2{nothing, 0};
-    float maximum = old.x;
-    for (int warp = 0; warp < pages; ++warp) maximum = max(maximum, shared.sums[warp][row].x);
-    float const own = gpu::ex2_approx(old.x - maximum);
-    total[i] = {maximum, old.y * own};
-    float weighted = before ? *place * own : 0;
-    for (int warp = 0; warp < pages; ++warp) {
-      float const factor = gpu::ex2_approx(shared.sums[warp][row].x - maximum);
-      total[i].y += shared.sums[warp][row].y * factor;
-      weighted += left_by(shared, warp)[element] * factor;
-    }
-    *place = weighted;
-  }
-  gpu::barrier_sync(value_barrier, role_threads);
-#pragma unroll
-  for (int i = 0; i < elements; ++i) {
-    int const element = thread + i * role_threads;
-    if (element % head_dim) continue;
-    shared.total[element / head_dim] = total[i];
-    step.sums[slot + element / head_dim] = total[i];
-  }
 }
 
 // ---- codes -------------------------------------------------------------------------------------------------------------------
@@ -293,4 +271,4 @@ __device__ __forceinline__ void take_values(const Step& step, Shared& shared, un
   leave_progress(lane, progress, shared);
 }
 
-}  // namespace couplet::cuda::attend::lookup
+}  // namespace couplet::cuda::attend::lookup::channels8

@@ -1,0 +1,10 @@
+#include "../decode.h"
+#include "keys.h"
+#include "values.h"
+
+namespace couplet::cuda::attend::lookup::channels8 {
+
+bool has_body() { return lookup::has_body<Shared>(); }
+cudaError_t launch(const Step& step, cudaStream_t stream) { return lookup::launch<Shared>(step, stream); }
+
+}  // namespace couplet::cuda::attend::lookup::channels8

@@ -53,8 +53,8 @@ struct Shared : Block {
     float left[pages][rows * head_dim];  // at the end of a segment: what the value warps came to
   };
   Pair pairs[pages];
-  float4 query
-      [role_threads];  // two pairs of one query, scaled, rotated by its offset in its own block, for one half of pages
+  // Two pairs of one query, scaled, rotated by its offset in its own block, and for the second half of a page back by 32.
+  float4 query[role_threads];
   float plain[rows][head_dim];  // queries
 };
 

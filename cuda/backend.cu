@@ -102,6 +102,7 @@ extern "C" __attribute__((visibility("default"))) const couplet_backend* couplet
       .attention_weights = attention_weights_entries,
       .store = store_entries,
       .mix = mix_entries,
+      .reorder = reorder_entries,
   };
   int devices = 0;
   cudaError_t const error = cudaGetDeviceCount(&devices);

@@ -15,6 +15,7 @@ extern const couplet_attend_entries attend_entries;
 extern const couplet_attention_weights_entries attention_weights_entries;
 extern const couplet_store_entries store_entries;
 extern const couplet_mix_entries mix_entries;
+extern const couplet_reorder_entries reorder_entries;
 extern const couplet_device_entries device_entries;
 
 // COUPLET_OK, or the error in the report with its CUDA name and number. `what` says what was being done: "copying 64 bytes".

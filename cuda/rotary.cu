@@ -39,9 +39,11 @@ Linear linear_of(int64_t positions, const std::vector<double>& frequencies, std:
 
 std::vector<double> frequencies_of(const couplet_rotary_params& params) {
   std::vector<double> frequencies;
-  for (int32_t i = 0; i < params.rotary_dim / 2; ++i)
-    frequencies.push_back(params.cos ? rotary_frequency(params, i)
-                                     : std::pow(params.theta, -2.0 * i / params.rotary_dim));
+  for (int32_t i = 0; i < params.rotary_dim / 2; ++i) {
+    int32_t const pair = rotary_pair(params, i);
+    frequencies.push_back(params.cos ? rotary_frequency(params, pair)
+                                     : std::pow(params.theta, -2.0 * pair / params.rotary_dim));
+  }
   return frequencies;
 }
 
@@ -51,7 +53,9 @@ std::vector<float> amplitudes_of(const couplet_rotary_params& params) {
   if (!params.cos) return std::vector<float>(static_cast<size_t>(pairs), 1.0f);
   for (int32_t i = 0; i < pairs; ++i)
     if (!(params.cos[i] > 0) || params.sin[i] != 0) return {};
-  return {params.cos, params.cos + pairs};
+  std::vector<float> amplitudes;
+  for (int32_t i = 0; i < pairs; ++i) amplitudes.push_back(params.cos[rotary_pair(params, i)]);
+  return amplitudes;
 }
 
 bool is_linear(const couplet_rotary_params& params, const Linear& linear, const std::vector<double>& frequencies) {
@@ -65,7 +69,8 @@ bool is_linear(const couplet_rotary_params& params, const Linear& linear, const 
         angle = {angle.x * more.x - angle.y * more.y, angle.y * more.x + angle.x * more.y};
       double const amplitude = linear.amplitudes[i];
       double const tolerance = rotary_tolerance(amplitude, frequencies[i], t);
-      size_t const at = static_cast<size_t>(t) * pairs + i;
+      size_t const at =
+          static_cast<size_t>(t) * pairs + static_cast<size_t>(rotary_pair(params, static_cast<int32_t>(i)));
       if (std::fabs(amplitude * angle.x - params.cos[at]) > tolerance) return false;
       if (std::fabs(amplitude * angle.y - params.sin[at]) > tolerance) return false;
     }
@@ -120,9 +125,14 @@ cudaError_t keep_linear(Rotary* rotary, const Linear& linear) {
 }
 
 cudaError_t keep_given(Rotary* rotary, const couplet_rotary_params& params) {
-  auto const count = static_cast<size_t>(params.positions) * static_cast<size_t>(params.rotary_dim / 2);
-  std::vector<float2> rows(count);
-  for (size_t entry = 0; entry < count; ++entry) rows[entry] = {params.cos[entry], params.sin[entry]};
+  int32_t const pairs = params.rotary_dim / 2;
+  std::vector<float2> rows;
+  rows.reserve(static_cast<size_t>(params.positions) * static_cast<size_t>(pairs));
+  for (int64_t row = 0; row < params.positions; ++row)
+    for (int32_t i = 0; i < pairs; ++i) {
+      int64_t const at = row * pairs + rotary_pair(params, i);
+      rows.push_back({params.cos[at], params.sin[at]});
+    }
   size_t total = 0;
   Part const part = part_of(rows, &total);
   cudaError_t const error = upload(rotary, total, part);

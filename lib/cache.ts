@@ -2,7 +2,7 @@
 import { isArray, requireArray, requireInteger, requireObject, resultArray } from './arguments'
 import { Codebook } from './codebook'
 import type { RotarySpec } from './codebook'
-import type { TransformName } from './codebook-transforms'
+import type { MatrixName } from './codebook-transforms'
 import { transformNames } from './codebook-transforms'
 import type { HeadCodecs, LayerCodecs } from './codec'
 import type { Rows } from './codes'
@@ -16,6 +16,7 @@ import type {
 } from './native/cache'
 import type { NativeDevice } from './native/device'
 import { abortable, refusePromiseOptions } from './native/call'
+import { pairOrder } from './rotary-pairs'
 
 const int32Max = 2 ** 31 - 1
 
@@ -208,7 +209,7 @@ export class Cache {
     if (threads !== undefined) requireInteger(threads, 'threads', 0, 256)
     if (memory !== Infinity) requireInteger(memory, 'memory', 1, Number.MAX_SAFE_INTEGER)
     if (rotary !== undefined && rotary !== null) requireObject(rotary, 'rotary')
-    const attention = nativeLayers(options.layerOptions, layers, { queryHeads, headDim, rotary })
+    const attention = nativeLayers(options.layerOptions, layers, { queryHeads, headDim, rotary, codebook })
     codebook?.check({ layers, kvHeads, headDim, ...(rotary && { rotary: rotarySpec(rotary, headDim) }) })
 
     const place = addon().findDevice({ device: options.device, deviceIndex: options.deviceIndex })
@@ -524,7 +525,7 @@ function sameCodecs(one: LayerCodecs, other: LayerCodecs): boolean {
     parts.length === other[layer]!.length && parts.every((part, index) => alike(part, other[layer]![index])))
 }
 
-function sameFloats(one: Float32Array, other: Float32Array): boolean {
+function sameFloats(one: Float32Array | Int32Array, other: Float32Array | Int32Array): boolean {
   return one.length === other.length && one.every((value, index) => value === other[index])
 }
 
@@ -557,11 +558,12 @@ async function prepareCodebook(codebook: Codebook, place: NativeDevice): Promise
 function nativeTables(codebook: Codebook): Omit<NativeCodebookArguments, keyof NativeDevice> {
   const { layers, kvHeads, headDim, codecs } = codebook
   const everyLayer = Array.from({ length: layers }, (_, layer) => layer)
-  const every = (name: TransformName) => codebook.transforms.includes(name) ? everyLayer.map((layer) => codebook.transform(name, layer)!) : undefined
+  const every = (name: MatrixName) => codebook.transforms.includes(name) ? everyLayer.map((layer) => codebook.transform(name, layer)!) : undefined
   return {
     layers, kvHeads, headDim, codecs,
     keyTables: everyLayer.map((layer) => codebook.keyTable(layer)),
     valueTables: everyLayer.map((layer) => codebook.valueTable(layer)),
+    keyOrders: codebook.transforms.includes('key.group') ? everyLayer.map((layer) => codebook.transform('key.group', layer)!) : undefined,
     keyMetrics: every('key.metric'), valueMetrics: every('value.metric'), valueMixes: every('value.mix'), valueUnmixes: every('value.unmix'),
   }
 }
@@ -570,31 +572,44 @@ interface AttentionShape {
   queryHeads: number
   headDim: number
   rotary: RotaryOption | undefined
+  codebook: Codebook | undefined
 }
 
 function nativeLayers(
   given: LayerOptions | readonly LayerOptions[] = {},
   layers: number,
-  { queryHeads, headDim, rotary }: AttentionShape,
+  { queryHeads, headDim, rotary, codebook }: AttentionShape,
 ): { layers: NativeLayerOptions[]; rotaries: NativeRotary[] } {
-  const rotaries = new Map<RotaryOption, NativeRotary>() // layers with the same object share its angles
-  const indexOf = (option: RotaryOption | undefined): number | undefined => {
+  // Layers with the same object, and keys in the same order, share its angles.
+  const rotaries: { option: RotaryOption; pairs: string; native: NativeRotary }[] = []
+  const indexOf = (option: RotaryOption | undefined, order?: Int32Array): number | undefined => {
     if (option === undefined || option === null) return undefined
-    if (!rotaries.has(option)) rotaries.set(option, nativeRotary(option, headDim))
-    return [...rotaries.keys()].indexOf(option)
+    const native = nativeRotary(option, headDim)
+    const pairs = order && orderedPairs(order, native)
+    const known = rotaries.findIndex((one) => one.option === option && one.pairs === String(pairs))
+    return known >= 0 ? known : rotaries.push({ option, pairs: String(pairs), native: { ...native, order: pairs } }) - 1
   }
   const options = Array.isArray(given) ? (given as readonly LayerOptions[]) : Array.from({ length: layers }, () => given as LayerOptions)
   if (options.length !== layers) throw rangeError(`Expected ${layers} entries for \`layerOptions\` but received ${options.length}`)
-  const entries = options.map((layer) => {
+  const entries = options.map((layer, index) => {
     requireObject(layer, 'layerOptions')
     const { scale, softcap, localWindow, headSinks } = layer
     if (scale !== undefined) requirePositive(scale, 'scale')
     if (softcap !== undefined && softcap !== 0) requirePositive(softcap, 'softcap')
     if (localWindow !== undefined) requireInteger(localWindow, 'localWindow', 0)
     if (headSinks !== undefined) requireElements(headSinks, 'headSinks', queryHeads, `${queryHeads} queryHeads`)
-    return { scale, softcap, localWindow, headSinks, rotary: indexOf(layer.rotary === undefined ? rotary : layer.rotary) }
+    const own = layer.rotary === undefined ? rotary : layer.rotary
+    const order = codebook && index < codebook.layers ? codebook.transform('key.group', index) : undefined
+    return { scale, softcap, localWindow, headSinks, rotary: indexOf(own), orderedRotary: order && indexOf(own, order) }
   })
-  return { layers: entries, rotaries: [...rotaries.values()] }
+  return { layers: entries, rotaries: rotaries.map(({ native }) => native) }
+}
+
+/** In which order angles meet keys that stand in another one; undefined: their own. */
+function orderedPairs(order: Int32Array, { kind, dim }: NativeRotary): Int32Array | undefined {
+  const pairs = pairOrder(order, { kind, dim })
+  if (pairs) return pairs.every((pair, place) => pair === place) ? undefined : pairs
+  throw new CoupletError('ERR_COUPLET_CODEBOOK_MISMATCH', `The codebook orders keys so that channels of one rotary pair are parted where ${dim} are rotated, kind "${kind}"`)
 }
 
 function requirePositive(value: unknown, name: string): void {

@@ -9,8 +9,8 @@ import { dirname } from 'node:path'
 import type { Codec, HeadCodecs } from './codec'
 import type { CodebookMetadata, CodebookShape } from './codebook-metadata'
 import { readMetadata, writeMetadata } from './codebook-metadata'
-import type { TransformName, Transforms } from './codebook-transforms'
-import { transformElements, transformShape, wrongInverse } from './codebook-transforms'
+import type { MatrixName, Transforms } from './codebook-transforms'
+import { isMatrixName, transformElements, transformShape, wrongInverse } from './codebook-transforms'
 import { codeOf, CoupletError, rangeError } from './errors'
 import { partialPath, writeAtomically } from './files'
 import { float16FromFloat32, float32FromFloat16 } from './float16'
@@ -57,7 +57,7 @@ function* tensors({ codecs, headDim }: CodebookShape, layer: number, side: Side)
 }
 
 /** Likewise of a transform. */
-function* transformTensors({ codecs, headDim }: CodebookShape, layer: number, name: TransformName): Generator<PartTensor> {
+function* transformTensors({ codecs, headDim }: CodebookShape, layer: number, name: MatrixName): Generator<PartTensor> {
   const parts = codecs[layer]!
   let begin = 0
   for (const part of parts) {
@@ -82,18 +82,18 @@ function* contents(fileBytes: number): Reads {
   const headerText = new Uint8Array(sound(() => headerBytes(length, fileBytes)))
   yield { offset: lengthBytes, into: headerText }
   const header = sound(() => parseHeader(headerText, fileBytes))
-  const { shape, metadata } = described(header)
-  const wanted = (2 + shape.transforms.length) * shape.codecs.reduce((count, parts) => count + parts.length, 0)
+  const { shape, metadata, orders } = described(header)
+  const steps = new Map(shape.transforms.filter(isMatrixName).map((name): [MatrixName, Float32Array[]] => [name, []]))
+  const wanted = (2 + steps.size) * shape.codecs.reduce((count, parts) => count + parts.length, 0)
   if (header.tensors.size !== wanted) throw invalid(`it has ${header.tensors.size} tensors, not ${wanted}, for ${shape.layers} layers`)
   const keyTables: Float32Array[] = []
   const valueTables: Float32Array[] = []
-  const steps = new Map(shape.transforms.map((name): [TransformName, Float32Array[]] => [name, []]))
   for (let layer = 0; layer < shape.layers; layer++) {
     keyTables.push(yield* table(header, [...tensors(shape, layer, 'key')], ['F16', 'F32']))
     valueTables.push(yield* table(header, [...tensors(shape, layer, 'value')], ['F16', 'F32']))
     for (const [name, arrays] of steps) arrays.push(yield* table(header, [...transformTensors(shape, layer, name)], ['F32']))
   }
-  const transforms: Transforms = Object.fromEntries(steps)
+  const transforms: Transforms = { ...(orders && { 'key.group': orders }), ...Object.fromEntries(steps) }
   const wrong = wrongInverse(transforms, shape.headDim)
   if (wrong !== undefined) throw invalid(`value.unmix of layer ${wrong} does not undo value.mix`)
   return { shape, metadata, keyTables, valueTables, transforms }
@@ -201,15 +201,16 @@ function some(bytesRead: number): number {
 
 /** The bytes of the file, in order; a chunk is at most a table. */
 function* chunks({ shape, metadata, keyTables, valueTables, transforms }: CodebookContents, dtype: TensorType): Generator<Uint8Array, void, void> {
+  const steps = shape.transforms.filter(isMatrixName)
   const headers = keyTables.flatMap((_, layer) => [
     ...[...tensors(shape, layer, 'key'), ...tensors(shape, layer, 'value')].map(({ name, shape }) => ({ name, dtype, shape })),
-    ...shape.transforms.flatMap((step) => [...transformTensors(shape, layer, step)].map(({ name, shape }) => ({ name, dtype: 'F32' as const, shape }))),
+    ...steps.flatMap((step) => [...transformTensors(shape, layer, step)].map(({ name, shape }) => ({ name, dtype: 'F32' as const, shape }))),
   ])
-  yield writeHeader(headers, { format: 'couplet.codebook', couplet: writeMetadata(shape, metadata) })
+  yield writeHeader(headers, { format: 'couplet.codebook', couplet: writeMetadata(shape, metadata, transforms['key.group']) })
   for (const [layer, keys] of keyTables.entries()) {
     yield tableBytes(keys, dtype, layer)
     yield tableBytes(valueTables[layer] ?? keys, dtype, layer)
-    for (const step of shape.transforms) yield tableBytes(transforms[step]![layer]!, 'F32', layer)
+    for (const step of steps) yield tableBytes(transforms[step]![layer]!, 'F32', layer)
   }
 }
 

@@ -5,12 +5,14 @@ import type { TransformName } from './codebook-transforms'
 import { readTransformNames } from './codebook-transforms'
 import { CoupletError, rangeError, throwExpected } from './errors'
 import type { Json } from './json'
+import { isOrder, pairOrder } from './rotary-pairs'
 
 /**
  * Versions of the file that this couplet reads. It writes the lowest that says everything: 1, one codec a side in all layers and heads;
- * 2, mixed codecs; 3, transforms as well.
+ * 2, mixed codecs; 3, transforms as well; 4, among them an order of keys.
  */
-const formatVersions = [1, 2, 3]
+const formatVersions = [1, 2, 3, 4] as const
+type FormatVersion = (typeof formatVersions)[number]
 
 /** How the model rotates queries and keys. Keys are coded before the rotation. */
 export interface RotarySpec {
@@ -41,7 +43,7 @@ export interface LearnedFrom {
 }
 
 export interface CodebookMetadata {
-  readonly formatVersion: 1 | 2 | 3
+  readonly formatVersion: FormatVersion
   /** null: none, or not known. */
   readonly rotary: RotarySpec | null
   /** Fingerprint of the model, as DecoderModel gives it. null: not known. */
@@ -59,16 +61,20 @@ export interface CodebookShape {
   readonly headDim: number
 }
 
+/** Of every layer, channel order[c] of the model at place c of its keys: where `transforms` has `key.group`. */
+export type KeyOrders = readonly Int32Array[]
+
 /** The JSON text of a file. */
-export function writeMetadata(shape: CodebookShape, metadata: CodebookMetadata): string {
+export function writeMetadata(shape: CodebookShape, metadata: CodebookMetadata, orders?: KeyOrders): string {
   const { codecs, transforms, layers, kvHeads, headDim } = shape
   const { rotary, model, learned } = metadata
-  const steps = transforms.length > 0 ? { transforms } : {}
+  const steps = { ...(transforms.length > 0 && { transforms }), ...(orders && { keyOrders: orders.map((order) => [...order]) }) }
   return JSON.stringify({ formatVersion: formatVersionOf(shape), ...codecMembers(codecs), ...steps, layers, kvHeads, headDim, rotary, model, learned })
 }
 
 /** The lowest version that says everything about such a codebook. */
-export function formatVersionOf({ codecs, transforms }: Pick<CodebookShape, 'codecs' | 'transforms'>): 1 | 2 | 3 {
+export function formatVersionOf({ codecs, transforms }: Pick<CodebookShape, 'codecs' | 'transforms'>): FormatVersion {
+  if (transforms.includes('key.group')) return 4
   if (transforms.length > 0) return 3
   return isUniform(codecs) ? 1 : 2
 }
@@ -86,10 +92,10 @@ function codecMembers(codecs: LayerCodecs): Record<string, unknown> {
  * @throws {CoupletError} `ERR_COUPLET_CODEBOOK_MISMATCH` for another format version
  * @throws {TypeError | RangeError} naming the member that is wrong
  */
-export function readMetadata(json: Json): { shape: CodebookShape; metadata: CodebookMetadata } {
+export function readMetadata(json: Json): { shape: CodebookShape; metadata: CodebookMetadata; orders: KeyOrders | undefined } {
   const members = readObject(json, 'metadata')
   const version = readCount(members.get('formatVersion'), 'formatVersion', 0)
-  if (!formatVersions.includes(version))
+  if (!formatVersions.some((known) => known === version))
     throw new CoupletError(
       'ERR_COUPLET_CODEBOOK_MISMATCH',
       `Expected a codebook of format version ${formatVersions.slice(0, -1).join(', ')} or ${formatVersions.at(-1)} but received one of format version ${version}`,
@@ -97,6 +103,7 @@ export function readMetadata(json: Json): { shape: CodebookShape; metadata: Code
   const dimensions = { layers: members.get('layers'), kvHeads: members.get('kvHeads'), headDim: members.get('headDim') }
   const codecs = members.get('codecs')
   const transforms = version < 3 ? [] : readTransformNames(readArray(members.get('transforms') ?? [], 'transforms'))
+  if (version < 4 && transforms.includes('key.group')) throwExpected('a formatVersion of 4 with "key.group"', 'formatVersion', version, true)
   const codecName = (side: 'keyCodec' | 'valueCodec') => readText(members.get(side), side)
   const shape = version === 1 || codecs === undefined
     ? readShape({ ...dimensions, transforms, keyCodec: codecName('keyCodec'), valueCodec: codecName('valueCodec') })
@@ -104,7 +111,8 @@ export function readMetadata(json: Json): { shape: CodebookShape; metadata: Code
   const rotary = optional(members.get('rotary'), (value) => readRotary(value, shape.headDim))
   const model = optional(members.get('model'), (value) => readText(value, 'model'))
   const learned = optional(members.get('learned'), readLearned)
-  return { shape, metadata: Object.freeze({ formatVersion: formatVersionOf(shape), rotary, model, learned }) }
+  const orders = transforms.includes('key.group') ? readOrders(members.get('keyOrders') ?? null, shape, rotary) : undefined
+  return { shape, orders, metadata: Object.freeze({ formatVersion: formatVersionOf(shape), rotary, model, learned }) }
 }
 
 /** Codecs of all layers and heads, or the parts of every layer. */
@@ -150,6 +158,18 @@ function readCodec(like: CodecLike, name: string, headDim: number): Codec {
   const result = codec(like)
   if (headDim % result.groupChannels !== 0) throw rangeError(`Expected groups that divide headDim ${headDim} for \`${name}\` but received "${result.name}"`)
   return result
+}
+
+function readOrders(json: Json, { layers, headDim }: CodebookShape, rotary: RotarySpec | null): KeyOrders {
+  const given = readArray(json, 'keyOrders')
+  if (given.length !== layers) throwExpected(`those of ${layers} layers`, 'keyOrders', given.length, true)
+  return given.map((layer, index) => {
+    const channels = readArray(layer, `keyOrders[${index}]`).map((channel) => (typeof channel === 'number' ? channel : NaN))
+    if (!isOrder(channels, headDim)) throw rangeError(`Expected every channel below ${headDim} once for \`keyOrders[${index}]\` but received other numbers`)
+    if (rotary && pairOrder(channels, rotary) === undefined)
+      throw rangeError(`Expected rotary pairs (${rotary.kind}, ${rotary.dim} channels) that stay pairs for \`keyOrders[${index}]\` but received others`)
+    return Int32Array.from(channels)
+  })
 }
 
 function readRotary(json: Json, headDim: number): RotarySpec {

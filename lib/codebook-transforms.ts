@@ -5,30 +5,35 @@
 import { isArray } from './arguments'
 import type { HeadCodecs } from './codec'
 import { CoupletError, throwExpected, typeError } from './errors'
+import { isOrder } from './rotary-pairs'
 
 /**
+ * `key.group`: keys are coded, and stored, with channel order[c] of the model at place c, in all heads of a layer alike; Int32Array of
+ * headDim. Channels that are rotated together stay so. It stands in the metadata of a file; all others are tensors.
  * `key.metric`, `value.metric`: what encode calls near, float32 [heads][groups][groupChannels][groupChannels] of each part of a layer:
  * the code of x is that of the centroid c with the least |M (x - c)|.
  * `value.mix`, `value.unmix`: values are coded as v M, and attention's outputs o leave as o M', M' the inverse of M; float32
  * [kvHeads][headDim][headDim], both or none.
  */
-export type TransformName = 'key.metric' | 'value.metric' | 'value.mix' | 'value.unmix'
-export const transformNames: readonly TransformName[] = ['key.metric', 'value.metric', 'value.mix', 'value.unmix']
+export type TransformName = 'key.group' | MatrixName
+export type MatrixName = 'key.metric' | 'value.metric' | 'value.mix' | 'value.unmix'
+export const transformNames: readonly TransformName[] = ['key.group', 'key.metric', 'value.metric', 'value.mix', 'value.unmix']
+export const isMatrixName = (name: TransformName): name is MatrixName => name !== 'key.group'
 
 /** Of every layer one array, its parts one after another. */
-export type Transforms = Partial<Record<TransformName, readonly Float32Array[]>>
+export type Transforms = Partial<Record<MatrixName, readonly Float32Array[]>> & { readonly 'key.group'?: readonly Int32Array[] }
 
 /** How far a row may be from itself after mixing and unmixing, relative to its size. float32 keeps 1e-6 of well-conditioned matrices. */
 const inverseTolerance = 1e-3
 
 /** Floats that a step has for some heads of a layer: a matrix for each group, or one for each head. */
-export function transformShape(name: TransformName, part: HeadCodecs, headDim: number): number[] {
+export function transformShape(name: MatrixName, part: HeadCodecs, headDim: number): number[] {
   if (name === 'value.mix' || name === 'value.unmix') return [part.heads, headDim, headDim]
   const { groupChannels } = name === 'key.metric' ? part.keyCodec : part.valueCodec
   return [part.heads, headDim / groupChannels, groupChannels, groupChannels]
 }
 
-export function transformElements(name: TransformName, parts: readonly HeadCodecs[], headDim: number): number {
+export function transformElements(name: MatrixName, parts: readonly HeadCodecs[], headDim: number): number {
   return parts.reduce((sum, part) => sum + transformShape(name, part, headDim).reduce((a, b) => a * b), 0)
 }
 
@@ -49,12 +54,9 @@ export function readTransformNames(given: readonly unknown[]): readonly Transfor
  */
 export function checkedTransforms(given: Transforms, codecs: readonly (readonly HeadCodecs[])[], headDim: number): Transforms {
   const names = readTransformNames(Object.keys(given).filter((name) => given[name as TransformName] !== undefined))
-  const transforms: Transforms = {}
-  for (const name of names) {
-    const arrays: unknown = given[name]
-    if (!Array.isArray(arrays)) throwExpected('an array', `transforms["${name}"]`, arrays)
-    if (arrays.length !== codecs.length) throwExpected(`arrays of ${codecs.length} layers`, `transforms["${name}"].length`, arrays.length, true)
-    transforms[name] = arrays.map((array: unknown, layer) => {
+  const transforms: Transforms = names.includes('key.group') ? { 'key.group': checkedOrders(given['key.group'], codecs.length, headDim) } : {}
+  for (const name of names.filter(isMatrixName)) {
+    transforms[name] = arraysOf(given[name], name, codecs.length).map((array: unknown, layer) => {
       const elements = transformElements(name, codecs[layer]!, headDim)
       if (!isArray(array, Float32Array)) throw typeError(`Expected Float32Arrays for \`transforms["${name}"]\` but received another value at layer ${layer}`)
       if (array.length !== elements) throwExpected(`a Float32Array of ${elements} elements`, `transforms["${name}"][${layer}]`, array, true)
@@ -66,6 +68,20 @@ export function checkedTransforms(given: Transforms, codecs: readonly (readonly 
   const wrong = wrongInverse(transforms, headDim)
   if (wrong !== undefined) throwExpected('the inverses of value.mix', 'transforms["value.unmix"]', `others at layer ${wrong}`, true)
   return transforms
+}
+
+function arraysOf(arrays: unknown, name: TransformName, layers: number): unknown[] {
+  if (!Array.isArray(arrays)) throwExpected('an array', `transforms["${name}"]`, arrays)
+  if (arrays.length !== layers) throwExpected(`arrays of ${layers} layers`, `transforms["${name}"].length`, arrays.length, true)
+  return arrays
+}
+
+function checkedOrders(given: unknown, layers: number, headDim: number): Int32Array[] {
+  return arraysOf(given, 'key.group', layers).map((order, layer) => {
+    if (!isArray(order, Int32Array)) throw typeError(`Expected Int32Arrays for \`transforms["key.group"]\` but received another value at layer ${layer}`)
+    if (!isOrder(order, headDim)) throwExpected(`every channel below ${headDim} once`, `transforms["key.group"][${layer}]`, order, true)
+    return order.slice()
+  })
 }
 
 /** The first layer whose unmixing does not undo its mixing: some rows of ones and minus ones, through both. */

@@ -1,7 +1,7 @@
 import { isArray, requireObject, requireText } from './arguments'
 import type { CodebookContents } from './codebook-file'
 import { readBuffer, readFile, readFileSync, tableElements, writeBuffer, writeFile, writeFileSync } from './codebook-file'
-import type { CodebookMetadata, CodebookShape, GivenCodecs, LearnedFrom, RotarySpec } from './codebook-metadata'
+import type { CodebookMetadata, CodebookShape, GivenCodecs, KeyOrders, LearnedFrom, RotarySpec } from './codebook-metadata'
 import { formatVersionOf, readMetadata, readShape, writeMetadata } from './codebook-metadata'
 import type { TransformName, Transforms } from './codebook-transforms'
 import { checkedTransforms, transformElements } from './codebook-transforms'
@@ -129,7 +129,7 @@ export class Codebook {
     if (valueTables.length !== shape.layers) throwExpected(`${shape.layers} tables`, 'valueTables.length', valueTables.length, true)
     return new Codebook({
       shape,
-      metadata: checkedMetadata(shape, metadata),
+      metadata: checkedMetadata(shape, metadata, transforms['key.group']),
       keyTables: checked(keyTables, 'key'),
       valueTables: checked(valueTables, 'value'),
       transforms,
@@ -167,9 +167,12 @@ export class Codebook {
   }
 
   /** What a step has for a layer, its parts one after another (docs/codebook.md); undefined without that step. Not to be written. */
-  transform(name: TransformName, layer: number): Float32Array | undefined {
+  transform(name: 'key.group', layer: number): Int32Array | undefined
+  transform(name: Exclude<TransformName, 'key.group'>, layer: number): Float32Array | undefined
+  transform(name: TransformName, layer: number): Float32Array | Int32Array | undefined
+  transform(name: TransformName, layer: number): Float32Array | Int32Array | undefined {
     const arrays = this.#use().transforms[name]
-    return arrays && tableOf(arrays, layer)
+    return arrays && tableOf<Float32Array | Int32Array>(arrays, layer)
   }
 
   /** The parts of a layer, each with its own tables. */
@@ -218,10 +221,10 @@ export class Codebook {
   }
 }
 
-function checkedMetadata(shape: CodebookShape, given: Partial<CodebookMetadata> = {}): CodebookMetadata {
+function checkedMetadata(shape: CodebookShape, given: Partial<CodebookMetadata> = {}, orders?: KeyOrders): CodebookMetadata {
   const { rotary = null, model = null, learned = null } = given
   // Through the text that a file would hold: what a file could not say is refused here already.
-  return readMetadata(parseJson(metadataText(shape, { formatVersion: formatVersionOf(shape), rotary, model, learned }))).metadata
+  return readMetadata(parseJson(metadataText(shape, { formatVersion: formatVersionOf(shape), rotary, model, learned }, orders))).metadata
 }
 
 function givenCodecs({ keyCodec, valueCodec, codecs }: CodebookTables): GivenCodecs {
@@ -235,9 +238,9 @@ function givenCodecs({ keyCodec, valueCodec, codecs }: CodebookTables): GivenCod
   return { codecs }
 }
 
-function metadataText(shape: CodebookShape, metadata: CodebookMetadata): string {
+function metadataText(shape: CodebookShape, metadata: CodebookMetadata, orders: KeyOrders | undefined): string {
   try {
-    return writeMetadata(shape, metadata)
+    return writeMetadata(shape, metadata, orders)
   } catch (cause) { // a bigint, a circle
     throw Object.assign(typeError(`Expected values that JSON can hold for \`metadata\`: ${cause instanceof Error ? cause.message : String(cause)}`), { cause })
   }
@@ -260,7 +263,7 @@ function checkedTable(table: unknown, name: string, layer: number, elements: num
   return table.slice()
 }
 
-function tableOf(tables: readonly Float32Array[], layer: number): Float32Array {
+function tableOf<Table>(tables: readonly Table[], layer: number): Table {
   return tables[layer] ?? throwExpected(`an integer from 0 to ${tables.length - 1}`, 'layer', layer, typeof layer === 'number')
 }
 

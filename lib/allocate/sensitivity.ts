@@ -8,7 +8,7 @@ import { rangeError } from '../errors'
 import { sides } from '../gradient/attention'
 import type { Side } from '../gradient/attention'
 import { Capture } from '../onnx/capture'
-import { mixSide } from '../transform/apply'
+import { enterSide, leaveSide } from '../transform/apply'
 import type { SideTransforms, TransformStep } from '../transform/learn'
 import type { ReferenceBatch } from './divergence'
 import { DivergenceModel } from './divergence'
@@ -40,7 +40,7 @@ export interface Sensitivity {
 /** Losses of all layers, sides and, unless they are to be alike, heads, layer by layer. Tables are learned for every candidate and dropped again. */
 export async function measureSensitivity(captured: Captured, options: SensitivityOptions): Promise<Sensitivity[]> {
   const { sample, model } = captured
-  const { layers, kvHeads, headDim } = model.shape
+  const { layers, kvHeads, headDim, rotary } = model.shape
   const { candidates, iterations, transforms = [], seed, threads, signal, device, deviceIndex, onProgress } = options
   const learning = { iterations, seed, threads, signal, device, deviceIndex }
   using judge = options.measure === 'fisher' ? new FisherJudge(captured) : await DivergenceJudge.open(captured, options)
@@ -53,7 +53,7 @@ export async function measureSensitivity(captured: Captured, options: Sensitivit
       const heads = options.per === 'head' ? 1 : kvHeads
       const pieces = Array.from({ length: kvHeads / heads }, (_, piece): Sensitivity => ({ layer, side, firstHead: piece * heads, heads, losses: [] }))
       for (const [index, codec] of candidates.entries()) {
-        const place = { tokens: sample.tokensKept, kvHeads, headDim, parts: [{ firstHead: 0, heads: kvHeads, codec }] }
+        const place = { tokens: sample.tokensKept, kvHeads, headDim, rotary, parts: [{ firstHead: 0, heads: kvHeads, codec }] }
         const learned = await transformsOf(activations, place, side, transforms)
         const tables = await learnParts(activations, { ...place, transforms: learned }, defined(learning))
         const errors = await codedErrors(rows, { codec, kvHeads, headDim, tables, threads, signal }, learned)
@@ -75,15 +75,14 @@ interface Coding {
   signal: AbortSignal | undefined
 }
 
-/** What codes make of rows, mixed on the way where they are to be, less the rows. */
-async function codedErrors(rows: Float32Array, coding: Coding, { metric, mix, unmix }: SideTransforms): Promise<Float32Array> {
+/** What codes make of rows, through transforms and back, less the rows. */
+async function codedErrors(rows: Float32Array, coding: Coding, transforms: SideTransforms): Promise<Float32Array> {
   const { kvHeads, headDim } = coding
   const shape = { tokens: rows.length / kvHeads / headDim, kvHeads, headDim }
-  const through = async (data: Float32Array, matrices: SideTransforms) => (await mixSide({ rows: data, weights: undefined }, matrices, shape)).rows
-  const entering = mix && unmix ? await through(rows, { mix, unmix }) : rows
-  const codes = await encode(entering, { ...coding, tokens: shape.tokens, ...(metric && { metric }) })
-  const decoded = await decode(codes, { ...coding, tokens: shape.tokens })
-  const leaving = mix && unmix ? await through(decoded, { mix: unmix, unmix: mix }) : decoded
+  const { metric } = transforms
+  const entering = await enterSide({ rows, weights: undefined }, transforms, shape)
+  const codes = await encode(entering.rows, { ...coding, tokens: shape.tokens, ...(metric && { metric }) })
+  const leaving = await leaveSide(await decode(codes, { ...coding, tokens: shape.tokens }), transforms, shape)
   return leaving.map((value, i) => value - rows[i]!)
 }
 

@@ -1,7 +1,7 @@
 /** What codes lose of keys and values, as a share of their variance. */
 import type { SidePart } from '../codec'
 import { decode, encode } from '../codes'
-import { mixSide } from '../transform/apply'
+import { enterSide } from '../transform/apply'
 import type { SideTransforms } from '../transform/learn'
 import type { SideActivations } from './sample'
 
@@ -40,7 +40,7 @@ export class CodedError {
   /** Rows and gradients as they are coded: what is added is of these. */
   mixed(side: SideActivations, tokens: number): Promise<SideActivations> {
     const { transforms = {}, kvHeads, headDim } = this.#place
-    return mixSide(side, transforms, { tokens, kvHeads, headDim })
+    return enterSide(side, transforms, { tokens, kvHeads, headDim })
   }
 
   /**

@@ -10,9 +10,9 @@ import type { Side } from '../gradient/attention'
 import { sides } from '../gradient/attention'
 import type { Transforms } from '../codebook-transforms'
 import { kmeans } from '../kmeans'
-import { measureSide, mixSide, unmeasured } from '../transform/apply'
-import type { SideTransforms, TransformStep } from '../transform/learn'
-import { learnTransforms, transformSteps } from '../transform/learn'
+import { measureSide, enterSide, unmeasured } from '../transform/apply'
+import type { SideTransforms, TransformSource, TransformStep } from '../transform/learn'
+import { learnTransforms, needsGradients, transformSteps } from '../transform/learn'
 import type { Captured, CommonOptions } from './capture'
 import { requireModel } from './capture'
 import type { SideActivations } from './sample'
@@ -27,7 +27,7 @@ export interface LearnOptions extends CommonOptions, DeviceOptions {
   chosen?: LearnedFrom['chosen'] | undefined
   /**
    * Steps beside the tables (docs/codebook.md), learned from the same sample; default none. `key.metric` and `value.metric` need fisher weights,
-   * `value.mix` makes the latter needless.
+   * `value.mix` makes the latter needless; `key.group` and `value.mix` learn from gradients where there are some.
    */
   transforms?: readonly TransformStep[]
 }
@@ -68,7 +68,7 @@ export async function* learnSides(captured: Captured, options: LearnOptions,
   readKnown?: (layer: number, side: Side) => Promise<Float32Array | undefined>): AsyncGenerator<LearnedSide> {
   requireCallOptions(options)
   const { sample, model } = captured
-  const { layers, kvHeads, headDim } = model.shape
+  const { layers, kvHeads, headDim, rotary } = model.shape
   const codecs = codecsOf(options.codec, model.shape)
   const steps = checkTransforms(options.transforms, captured)
   const shape = { tokens: sample.tokensKept, kvHeads, headDim }
@@ -79,7 +79,7 @@ export async function* learnSides(captured: Captured, options: LearnOptions,
       const parts = sideParts(codecs[layer]!, side)
       const known = await readKnown?.(layer, side)
       const activations = known === undefined || steps.length > 0 ? await sample.side(layer, side) : undefined
-      const transforms = activations ? await transformsOf(activations, { ...shape, parts }, side, steps) : {}
+      const transforms = activations ? await transformsOf(activations, { ...shape, parts, rotary }, side, steps) : {}
       const table = known ?? await learnParts(activations!, { ...shape, parts, transforms }, options, report)
       yield { layer, side, parts, table, transforms, known: known !== undefined }
       report(1)
@@ -88,7 +88,7 @@ export async function* learnSides(captured: Captured, options: LearnOptions,
 }
 
 /** What the steps make of a side: nothing where there are none. */
-export async function transformsOf(activations: SideActivations, place: SideShape & { parts: readonly SidePart[] }, side: Side,
+export async function transformsOf(activations: SideActivations, place: SideShape & Pick<TransformSource, 'parts' | 'rotary'>, side: Side,
   steps: readonly TransformStep[]): Promise<SideTransforms> {
   return steps.length > 0 ? learnTransforms({ ...place, rows: activations.rows, gradients: gradientsOf(activations, place) }, side, steps) : {}
 }
@@ -104,7 +104,7 @@ export function checkTransforms(steps: readonly TransformStep[] = [], { weights 
   for (const step of steps) {
     if (!transformSteps.includes(step))
       throwExpected(transformSteps.map((name) => JSON.stringify(name)).join(', '), 'transforms', step, typeof step === 'string')
-    if (step !== 'value.mix' && weights !== 'fisher') throw rangeError(`Expected fisher weights for the transform "${step}" but received "${weights}"`)
+    if (needsGradients(step) && weights !== 'fisher') throw rangeError(`Expected fisher weights for the transform "${step}" but received "${weights}"`)
   }
   return steps
 }
@@ -117,7 +117,7 @@ interface PartsShape extends SideShape {
 /** Every part gets what one codec for all heads would have given it. */
 export async function learnParts(activations: SideActivations, { parts, transforms, ...shape }: PartsShape, options: Omit<LearnOptions, 'codec'>,
   onShare?: (share: number) => void): Promise<Float32Array> {
-  const mixed = await mixSide(activations, transforms, shape)
+  const mixed = await enterSide(activations, transforms, shape)
   const table = new Float32Array(parts.reduce((sum, { heads, codec }) => sum + heads * shape.headDim * codec.centroids, 0))
   let [at, matrix] = [0, 0]
   for (const part of parts) {
@@ -195,11 +195,12 @@ export function codebookOf({ model, weights, tokens, text }: Captured, options: 
   const { kvHeads, headDim, rotary } = model.shape
   const ofSide = (side: Side) => learned.filter((one) => one.side === side)
   const tables = (side: Side) => ofSide(side).map(({ table }) => table)
-  const every = (side: Side, member: keyof SideTransforms): Float32Array[] | undefined => {
+  const every = <Member extends keyof SideTransforms>(side: Side, member: Member) => {
     const arrays = ofSide(side).flatMap(({ transforms }) => transforms[member] ?? [])
     return arrays.length > 0 ? arrays : undefined
   }
   const transforms: Transforms = Object.fromEntries(Object.entries({
+    'key.group': every('key', 'order'),
     'key.metric': every('key', 'metric'), 'value.metric': every('value', 'metric'), 'value.mix': every('value', 'mix'), 'value.unmix': every('value', 'unmix'),
   }).filter(([, arrays]) => arrays))
   return Codebook.fromTables({

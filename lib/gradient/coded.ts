@@ -91,8 +91,8 @@ export class CodedGradientModel {
     const coded = (build: GraphBuilder, layer: number, side: Side, rows: string) => {
       const own = parts.filter((part) => part.layer === layer && part.side === side)
       const site = { rows, headDim: shape.headDim, parts: own, output: codedName(layer, side) }
-      const [mix, unmix] = side === 'value' ? [codebook.transform('value.mix', layer), codebook.transform('value.unmix', layer)] : []
-      return mix && unmix ? addMixed(build, site, mix.slice(), unmix.slice()) : addCoding(build, site)
+      const matrices = matricesOf(codebook, layer, side)
+      return matrices ? addMixed(build, site, ...matrices) : addCoding(build, site)
     }
     const attentionFeeds = expandAttention(graph, layers, { coded, sinks, window })
     const build = new GraphBuilder(graph, 'couplet.loss')
@@ -151,7 +151,23 @@ interface CodingSite {
   output: string
 }
 
-/** The same of values that are coded as v M and read as what M' makes of their codes, matrices [kvHeads][headDim][headDim]. */
+/** Rows enter as x M and leave as x M', matrices [kvHeads][headDim][headDim]: those of values, or an order of keys, which is exact as a product too. */
+function matricesOf(codebook: Codebook, layer: number, side: Side): [Float32Array, Float32Array] | undefined {
+  if (side === 'value') {
+    const [mix, unmix] = [codebook.transform('value.mix', layer), codebook.transform('value.unmix', layer)]
+    return mix && unmix && [mix.slice(), unmix.slice()]
+  }
+  const order = codebook.transform('key.group', layer)
+  if (order === undefined) return undefined
+  const { kvHeads, headDim } = codebook
+  const [enter, leave] = [new Float32Array(kvHeads * headDim ** 2), new Float32Array(kvHeads * headDim ** 2)]
+  for (let head = 0; head < enter.length; head += headDim ** 2) {
+    order.forEach((channel, place) => { enter[head + channel * headDim + place] = leave[head + place * headDim + channel] = 1 })
+  }
+  return [enter, leave]
+}
+
+/** The same of rows that are coded as x M and read as what M' makes of their codes. */
 function addMixed(build: GraphBuilder, site: CodingSite, mix: Float32Array, unmix: Float32Array): string {
   const { rows, headDim } = site
   const through = (value: string, matrices: Float32Array) => {

@@ -3,7 +3,8 @@ import type { Codebook } from '../codebook'
 import type { Codec } from '../codec'
 import { codesBytes, decode, encode } from '../codes'
 import type { RowsShape } from '../transform/apply'
-import { mixSide } from '../transform/apply'
+import { enterSide, leaveSide } from '../transform/apply'
+import type { SideTransforms } from '../transform/learn'
 import type { SampledRows } from './entropy'
 
 export interface CodeUsage {
@@ -54,16 +55,22 @@ export interface CodedPart {
 /** How a codebook codes a layer and side. */
 export interface SideCoding {
   parts: CodedPart[]
-  /** Rows go through a matrix of their head before they are coded, and through its inverse afterwards. */
-  mixing: { mix: Float32Array; unmix: Float32Array } | undefined
+  /** What rows go through before they are coded, and back afterwards; metrics are in `parts`. */
+  transforms: SideTransforms
 }
 
 export function codingOf(codebook: Codebook, layer: number, side: 'key' | 'value'): SideCoding {
   const parts = codebook.parts(layer).map(({ firstHead, heads, ...part }): CodedPart => side === 'key'
     ? { firstHead, heads, codec: part.keyCodec, tables: part.keyTable, metric: part.keyMetric }
     : { firstHead, heads, codec: part.valueCodec, tables: part.valueTable, metric: part.valueMetric })
+  return { parts, transforms: sideTransforms(codebook, layer, side) }
+}
+
+/** The order of a codebook's keys, or the matrices of its values. */
+export function sideTransforms(codebook: Codebook, layer: number, side: 'key' | 'value'): SideTransforms {
+  const order = side === 'key' ? codebook.transform('key.group', layer) : undefined
   const [mix, unmix] = side === 'value' ? [codebook.transform('value.mix', layer), codebook.transform('value.unmix', layer)] : []
-  return { parts, mixing: mix && unmix && { mix, unmix } }
+  return { ...(order && { order }), ...(mix && unmix && { mix, unmix }) }
 }
 
 export interface RowsOptions {
@@ -102,24 +109,24 @@ export async function measureCoding(rows: SampledRows, { codec, tables, metric, 
 }
 
 /** What codes stand for of rows float32 [tokens][kvHeads][headDim] of one layer and side. */
-export async function throughCodes(rows: Float32Array, { parts, mixing }: SideCoding, options: RowsOptions): Promise<Float32Array> {
+export async function throughCodes(rows: Float32Array, { parts, transforms }: SideCoding, options: RowsOptions): Promise<Float32Array> {
   const { kvHeads, headDim, threads, signal } = options
   const width = kvHeads * headDim
   const tokens = rows.length / width
-  const mixed = await mixedRows(rows, mixing, { tokens, kvHeads, headDim })
+  const entering = await enteringRows(rows, transforms, { tokens, kvHeads, headDim })
   const out = new Float32Array(rows.length)
   for (const { firstHead, heads, codec, tables, metric } of parts) {
     const shape = { codec, kvHeads: heads, headDim, tokens, tokenStride: width, headStride: headDim }
     const call = { ...shape, tables, signal, ...(threads !== undefined && { threads }) }
     const first = firstHead * headDim
-    await decode(await encode(mixed.subarray(first), { ...call, metric }), { ...call, out: out.subarray(first) })
+    await decode(await encode(entering.subarray(first), { ...call, metric }), { ...call, out: out.subarray(first) })
   }
-  return mixedRows(out, mixing && { mix: mixing.unmix, unmix: mixing.mix }, { tokens, kvHeads, headDim })
+  return leaveSide(out, transforms, { tokens, kvHeads, headDim })
 }
 
-/** Rows [tokens][kvHeads][headDim] as they are coded; themselves without mixing. */
-export async function mixedRows(rows: Float32Array, mixing: SideCoding['mixing'], shape: RowsShape): Promise<Float32Array> {
-  return (await mixSide({ rows, weights: undefined }, mixing ?? {}, shape)).rows
+/** Rows [tokens][kvHeads][headDim] as they are coded; themselves without transforms. */
+export async function enteringRows(rows: Float32Array, transforms: SideTransforms, shape: RowsShape): Promise<Float32Array> {
+  return (await enterSide({ rows, weights: undefined }, transforms, shape)).rows
 }
 
 /** Of a layer's runs of heads, each as {@link measureCoding} gives it: usage is a mean over heads. */

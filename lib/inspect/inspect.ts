@@ -9,7 +9,7 @@ import { rangeError } from '../errors'
 import { DecoderModel } from '../onnx/model'
 import type { ModelShape } from '../onnx/decoder'
 import type { CodedSide } from './coding'
-import { codingOf, measureCoding, mergeParts, mixedRows, throughCodes } from './coding'
+import { codingOf, measureCoding, mergeParts, enteringRows, throughCodes } from './coding'
 import type { Correlation } from './correlation'
 import { channelCorrelation } from './correlation'
 import type { ChannelEntropy, SampledRows } from './entropy'
@@ -144,7 +144,7 @@ async function inspectLayers(sample: Activations, { layers, kvHeads, headDim }: 
     const rows: SampledRows = { data, offset: 0, tokens, tokenStride: kvHeads * headDim, kvHeads, headDim }
     const parts: CodedSide[] = []
     const how = codebook && codingOf(codebook, layer, side)
-    const mixed = how && { ...rows, data: await mixedRows(data, how.mixing, { tokens, kvHeads, headDim }) }
+    const mixed = how && { ...rows, data: await enteringRows(data, how.transforms, { tokens, kvHeads, headDim }) }
     for (const { firstHead, heads, codec, tables, metric } of how?.parts ?? []) {
       const own = { ...mixed!, offset: firstHead * headDim, kvHeads: heads }
       parts.push(await measureCoding(own, { codec, tables, metric, threads, signal }))

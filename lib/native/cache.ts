@@ -32,6 +32,8 @@ export interface NativeCodebookArguments extends NativeDevice {
   /** Likewise [kvHeads][headDim][headDim], both or none. */
   valueMixes?: Float32Array[] | undefined
   valueUnmixes?: Float32Array[] | undefined
+  /** Of every layer [headDim]: channel order[c] of the model at place c. */
+  keyOrders?: Int32Array[] | undefined
 }
 
 /** couplet_rotary_params: theta, or cos and sin of [positions][dim / 2]. Copied. */
@@ -42,11 +44,15 @@ export interface NativeRotary {
   theta?: number | undefined
   cos?: Float32Array | undefined
   sin?: Float32Array | undefined
+  /** [dim / 2]: pair i has the angles of pair order[i]. */
+  order?: Int32Array | undefined
 }
 
-/** couplet::AttendOptions; `rotary` is an index into the list of rotaries. */
+/** couplet::AttendOptions; `rotary` and `orderedRotary` are indices into the list of rotaries. */
 export interface NativeLayerOptions {
   rotary?: number | undefined
+  /** The same angles in the key order of the layer. */
+  orderedRotary?: number | undefined
   scale?: number | undefined
   softcap?: number | undefined
   localWindow?: number | undefined

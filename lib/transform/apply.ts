@@ -1,6 +1,7 @@
 /** Activations of a side as its codes see them, and centroids back to what a codebook stores. */
 import { setImmediate } from 'node:timers/promises'
 import { resultArray } from '../arguments'
+import { inverseOrder } from '../rotary-pairs'
 import type { SideTransforms } from './learn'
 import { invert } from './matrix'
 
@@ -19,12 +20,42 @@ export interface RowsShape {
 /** Products that the JavaScript thread is kept with at a time: some 5 ms. */
 const productsAtOnce = 2 ** 22
 
-/** Rows mixed, and gradients by the mixed rows. What is given is not written. */
-export async function mixSide(side: SideRows, { mix, unmix }: SideTransforms, shape: RowsShape): Promise<SideRows> {
+/** Rows as codes see them, but for metrics: in their order, and mixed; and gradients by those. What is given is not written. */
+export async function enterSide(side: SideRows, { order, mix, unmix }: SideTransforms, shape: RowsShape): Promise<SideRows> {
+  const weights = async (through: (gradients: Float32Array) => Promise<Float32Array>) => areGradients(side) ? through(side.weights!) : side.weights
+  if (order) return { rows: await inOrder(side.rows, order), weights: await weights((gradients) => inOrder(gradients, order)) }
   if (mix === undefined || unmix === undefined) return side
   const size = shape.headDim
-  const weights = areGradients(side) ? await throughBlocks(side.weights!, { matrices: unmix, size, transpose: true }, shape) : side.weights
-  return { rows: await throughBlocks(side.rows, { matrices: mix, size, transpose: false }, shape), weights }
+  return {
+    rows: await throughBlocks(side.rows, { matrices: mix, size, transpose: false }, shape),
+    weights: await weights((gradients) => throughBlocks(gradients, { matrices: unmix, size, transpose: true }, shape)),
+  }
+}
+
+/** What {@link enterSide} made of rows as the model has them. */
+export async function leaveSide(rows: Float32Array, { order, mix, unmix }: SideTransforms, shape: RowsShape): Promise<Float32Array> {
+  const back: SideTransforms = { ...(order && { order: inverseOrder(order) }), ...(mix && unmix && { mix: unmix, unmix: mix }) }
+  return (await enterSide({ rows, weights: undefined }, back, shape)).rows
+}
+
+/** Rows of heads in place: channel order[c] of each at place c. */
+export function reorderRows(rows: Float32Array, order: Int32Array): void {
+  const row = new Float32Array(order.length)
+  for (let first = 0; first < rows.length; first += order.length) {
+    row.set(rows.subarray(first, first + order.length))
+    for (let place = 0; place < order.length; place++) rows[first + place] = row[order[place]!]!
+  }
+}
+
+async function inOrder(rows: Float32Array, order: Int32Array): Promise<Float32Array> {
+  const out = resultArray(undefined, Float32Array, rows.length)
+  out.set(rows)
+  const slice = Math.ceil(productsAtOnce / order.length) * order.length
+  for (let first = 0; first < out.length; first += slice) {
+    reorderRows(out.subarray(first, first + slice), order)
+    await setImmediate()
+  }
+  return out
 }
 
 /** Rows of heads, float32 [heads][tokens][channels], in place: each head through its matrix. */

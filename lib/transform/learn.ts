@@ -1,13 +1,17 @@
 /** Transforms of one layer and side from its activations (docs/algorithm.md, decision 5). */
 import { setImmediate } from 'node:timers/promises'
 import type { SidePart } from '../codec'
+import type { RotaryPairs } from '../rotary-pairs'
 import { balancedOrder } from './grouping'
 import type { RowSet } from './matrix'
 import { eigen, identity, product, secondMoment, squareRoot, transposed } from './matrix'
+import type { HeadMoments } from './pairs'
+import { pairedOrder } from './pairs'
 
 /** Steps that can be learned; `value.mix` brings its inverse with it. */
-export type TransformStep = 'key.metric' | 'value.metric' | 'value.mix'
-export const transformSteps: readonly TransformStep[] = ['key.metric', 'value.metric', 'value.mix']
+export type TransformStep = 'key.group' | 'key.metric' | 'value.metric' | 'value.mix'
+export const transformSteps: readonly TransformStep[] = ['key.group', 'key.metric', 'value.metric', 'value.mix']
+export const needsGradients = (step: TransformStep): boolean => step.endsWith('.metric')
 
 /** Rows of one layer and side, float32 [tokens][kvHeads][headDim], and the gradients of the loss by them where they are known. */
 export interface TransformSource {
@@ -18,10 +22,14 @@ export interface TransformSource {
   headDim: number
   /** They cover all heads. */
   parts: readonly SidePart[]
+  /** How keys will be rotated; null: not at all. */
+  rotary: RotaryPairs | null
 }
 
-/** What was learned for a layer and side: float32, heads first, as a codebook has it. */
+/** What was learned for a layer and side: float32, heads first, as a codebook has it. An order comes before all else, and excludes mixing. */
 export interface SideTransforms {
+  /** [headDim]: channel order[c] of the model at place c, in all heads. */
+  order?: Int32Array
   metric?: Float32Array
   mix?: Float32Array
   unmix?: Float32Array
@@ -45,9 +53,31 @@ export async function learnTransforms(source: TransformSource, side: 'key' | 'va
     const mixings = await ofHeads((head) => learnMixing(source, head))
     return { mix: joined(mixings.map(({ mix }) => mix)), unmix: joined(mixings.map(({ unmix }) => unmix)) }
   }
-  if (!steps.includes(`${side}.metric`) || gradients === undefined) return {}
-  const metricOf = (head: number) => learnMetric(importance(rowsOf(source, gradients, head), headDim), headDim, codecOf(source, head).groupChannels)
-  return { metric: joined(await ofHeads(metricOf)) }
+  const order = side === 'key' && steps.includes('key.group')
+    ? await pairedOrder(await ofHeads((head) => momentsOf(source, head)), headDim, source.rotary) : undefined
+  if (!steps.includes(`${side}.metric`) || gradients === undefined) return { ...(order && { order }) }
+  const metricOf = (head: number) => {
+    const weights = importance(rowsOf(source, gradients, head), headDim)
+    return learnMetric(order ? reordered(weights, order) : weights, headDim, codecOf(source, head).groupChannels)
+  }
+  return { ...(order && { order }), metric: joined(await ofHeads(metricOf)) }
+}
+
+/** Gradients as they are, so that heads that matter more count for more. */
+function momentsOf(source: TransformSource, head: number): HeadMoments {
+  const { headDim, gradients, rows } = source
+  const importance = gradients ? secondMoment(rowsOf(source, gradients, head), false) : identity(headDim)
+  return {
+    covariance: secondMoment(rowsOf(source, rows, head), true),
+    importance: importance.map((entry, at) => entry * (at % (headDim + 1) === 0 ? 1 : trust)),
+    codec: codecOf(source, head),
+  }
+}
+
+/** A matrix of channels in another order of them. */
+function reordered(matrix: Float64Array, order: Int32Array): Float64Array {
+  const size = order.length
+  return matrix.map((_, at) => matrix[order[Math.floor(at / size)]! * size + order[at % size]!]!)
 }
 
 /** Square roots of the blocks of a head's importance that belong to one group: [groups][groupChannels][groupChannels]. */

@@ -8,8 +8,8 @@ export interface Eigen {
 
 /** Jacobi's rotations; `size` to 256. */
 export function eigen(matrix: Float64Array, size: number): Eigen {
-  const a = Float64Array.from(matrix)
   const vectors = identity(size)
+  const a = Float64Array.from(matrix)
   for (let sweep = 0; sweep < 40; sweep++) {
     let [off, diagonal] = [0, 0]
     for (let i = 0; i < size; i++) {
@@ -42,6 +42,73 @@ function rotate(a: Float64Array, vectors: Float64Array, size: number, p: number,
   turn(vectors, p * size, q * size, 1)
 }
 
+/** All eigenvalues of a symmetric matrix, in no order: for matrices by the thousand, some twenty times as fast as {@link eigen}. */
+export function eigenvalues(matrix: Float64Array, size: number): Float64Array {
+  const { diagonal, beside } = tridiagonal(Float64Array.from(matrix), size)
+  for (let last = size - 1, steps = 0; last > 0;) {
+    const isZero = (k: number) => Math.abs(beside[k]!) <= 2 ** -52 * (Math.abs(diagonal[k]!) + Math.abs(diagonal[k + 1]!))
+    if (isZero(last - 1) || ++steps > 40 * size) {
+      last--
+      continue
+    }
+    let first = last - 1
+    while (first > 0 && !isZero(first - 1)) first--
+    chase(diagonal, beside, first, last)
+  }
+  return diagonal
+}
+
+/** The same eigenvalues on a diagonal and the entries beside it, by Householder's reflections. `a` is used up. */
+function tridiagonal(a: Float64Array, size: number): { diagonal: Float64Array; beside: Float64Array } {
+  const [diagonal, beside] = [new Float64Array(size), new Float64Array(size - 1)]
+  const [mirror, through] = [new Float64Array(size), new Float64Array(size)]
+  for (let k = 0; k < size; k++) {
+    diagonal[k] = a[k * size + k]!
+    if (k === size - 1) break
+    let length = 0
+    for (let i = k + 1; i < size; i++) length += a[i * size + k]! ** 2
+    length = a[(k + 1) * size + k]! > 0 ? -Math.sqrt(length) : Math.sqrt(length)
+    beside[k] = length
+    // The reflection I - v vᵀ / scale takes the column to (length, 0, ..., 0).
+    for (let i = k + 1; i < size; i++) mirror[i] = a[i * size + k]!
+    mirror[k + 1]! -= length
+    const scale = -length * mirror[k + 1]!
+    if (!(scale > 0)) continue
+    let product = 0
+    for (let i = k + 1; i < size; i++) {
+      let sum = 0
+      for (let j = k + 1; j < size; j++) sum += a[i * size + j]! * mirror[j]!
+      through[i] = sum / scale
+      product += mirror[i]! * through[i]!
+    }
+    for (let i = k + 1; i < size; i++) through[i]! -= (product / (2 * scale)) * mirror[i]!
+    for (let i = k + 1; i < size; i++) for (let j = k + 1; j < size; j++) a[i * size + j]! -= mirror[i]! * through[j]! + through[i]! * mirror[j]!
+  }
+  return { diagonal, beside }
+}
+
+/** One implicit QR step on entries `first` to `last`, shifted by the eigenvalue of the last two that is near the last. */
+function chase(diagonal: Float64Array, beside: Float64Array, first: number, last: number): void {
+  const half = (diagonal[last - 1]! - diagonal[last]!) / 2
+  const square = beside[last - 1]! ** 2
+  const shift = diagonal[last]! - square / (half + (half < 0 ? -1 : 1) * Math.sqrt(half * half + square))
+  let [x, z] = [diagonal[first]! - shift, beside[first]!]
+  for (let k = first; k < last; k++) {
+    const length = Math.sqrt(x * x + z * z)
+    const [cosine, sine] = length > 0 ? [x / length, z / length] : [1, 0]
+    if (k > first) beside[k - 1] = length
+    const [one, other, between] = [diagonal[k]!, diagonal[k + 1]!, beside[k]!]
+    const cross = 2 * cosine * sine * between
+    diagonal[k] = cosine * cosine * one + cross + sine * sine * other
+    diagonal[k + 1] = sine * sine * one - cross + cosine * cosine * other
+    beside[k] = cosine * sine * (other - one) + (cosine * cosine - sine * sine) * between
+    if (k === last - 1) break
+    x = beside[k]!
+    z = sine * beside[k + 1]!
+    beside[k + 1]! *= cosine
+  }
+}
+
 export function identity(size: number): Float64Array {
   const matrix = new Float64Array(size * size)
   for (let i = 0; i < size; i++) matrix[i * size + i] = 1
@@ -64,6 +131,20 @@ export function squareRoot(matrix: Float64Array, size: number, least = 1e-6): { 
     }
   }
   return { root, inverse }
+}
+
+/** L of L Lᵀ, below the diagonal and on it (Cholesky); where the matrix is not positive, as if it were just. */
+export function lowerRoot(matrix: Float64Array, size: number): Float64Array {
+  const root = new Float64Array(size * size)
+  for (let i = 0; i < size; i++) {
+    for (let j = 0; j <= i; j++) {
+      let rest = matrix[i * size + j]!
+      for (let k = 0; k < j; k++) rest -= root[i * size + k]! * root[j * size + k]!
+      if (i === j) root[i * size + i] = Math.sqrt(Math.max(rest, 1e-12 * matrix[i * size + i]!, Number.MIN_VALUE))
+      else root[i * size + j] = rest / root[j * size + j]!
+    }
+  }
+  return root
 }
 
 /** By Gauss and Jordan, with the largest pivot of each column; of a matrix that has an inverse. */

@@ -111,8 +111,9 @@ export class CoupledCache {
     const layers = [...new Set(names.map((name) => Number(ENTRY.exec(name)![1])))].sort((a, b) => a - b)
     const [, kvHeads = 0, , headDim = 0] = entries[names[0]!]!.dims
     codebook.check({ layers: layers.length, kvHeads, headDim })
-    if (codebook.transforms.includes('value.mix'))
-      throw unsupported('this codebook mixes values (value.mix), which CoupledCache does not do; a model that couplet can rewrite does')
+    const step = (['value.mix', 'key.group'] as const).find((name) => codebook.transforms.includes(name))
+    if (step)
+      throw unsupported(`this codebook ${step === 'value.mix' ? 'mixes values' : 'groups keys'} (${step}), which CoupledCache does not do; a model that couplet can rewrite does`)
     for (const name of names) {
       const [, number, side] = ENTRY.exec(name)!
       const layer = layers.indexOf(Number(number))

@@ -29,6 +29,7 @@ COUPLET_OPERATION(attend);
 COUPLET_OPERATION(attention_weights);
 COUPLET_OPERATION(store);
 COUPLET_OPERATION(mix);
+COUPLET_OPERATION(reorder);
 
 typedef struct couplet_table_entries {
   couplet_status (*create)(const couplet_table_params* params, couplet_table** table, couplet_report* report);
@@ -94,6 +95,7 @@ typedef struct couplet_backend {
   couplet_attention_weights_entries attention_weights;
   couplet_store_entries store;
   couplet_mix_entries mix;
+  couplet_reorder_entries reorder;
 } couplet_backend;
 
 /* Exported by every backend library; NULL with a report when this machine cannot run it. */

@@ -42,6 +42,9 @@ typedef struct couplet_rotary_params {
   int32_t rotary_dim; /* even, 2 to head_dim */
   int32_t positions;  /* first position that may not be asked for; rows of cos and sin */
   int32_t head_dim;
+  /* For rows whose pairs stand in another order (key.group): pair i of a row has the angles of pair order[i]. [rotary_dim / 2], every
+     pair once, the host's; or NULL: their own. */
+  const int32_t* order;
 } couplet_rotary_params;
 
 /* ---- kmeans ---------------------------------------------------------------------------------------------------- */
@@ -263,6 +266,30 @@ typedef struct couplet_mix_params {
   int32_t reserved;
 } couplet_mix_params;
 
+/* ---- reorder ----------------------------------------------------------------------------------------------------- */
+/* Rows with their channels in another order: channel c of a row becomes what channel order[c] was. Elements are moved as they are. For
+   keys on their way into a cache, and queries on theirs to attention. A GPU backend: order, runs and what they point to are the
+   device's; its run enqueues. */
+typedef struct couplet_reorder_run {
+  const void* rows; /* dtype; channel c of head h of the i-th token: rows[i * token_stride + h * head_stride + c] */
+  void* reordered;  /* addressed likewise with its own strides; overlaps no rows */
+  int64_t token_stride;
+  int64_t head_stride;
+  int64_t reordered_token_stride;
+  int64_t reordered_head_stride;
+  int32_t tokens;
+  int32_t heads;
+} couplet_reorder_run;
+
+typedef struct couplet_reorder_params {
+  const couplet_reorder_run* runs; /* [run_count] */
+  const int32_t* order;            /* [head_dim], each below head_dim */
+  int32_t run_count;
+  int32_t most_rows; /* no run has more tokens * heads */
+  int32_t head_dim;
+  int32_t dtype; /* COUPLET_FLOAT32, COUPLET_FLOAT16 or COUPLET_BFLOAT16 */
+} couplet_reorder_params;
+
 /* ---- attention_weights ------------------------------------------------------------------------------------------ */
 /* Importance of the tokens of one fresh sequence, for weighted kmeans (design.md section 2). With p the probability of
    query i on token t and o_i its output, summed over queries and the query heads that share a kv head:
@@ -300,6 +327,8 @@ COUPLET_STATIC_ASSERT(sizeof(couplet_store_run) == 64, "store runs");
 COUPLET_STATIC_ASSERT(sizeof(couplet_store_params) == 32, "store parameters");
 COUPLET_STATIC_ASSERT(sizeof(couplet_mix_run) == 32, "mix runs");
 COUPLET_STATIC_ASSERT(sizeof(couplet_mix_params) == 48, "mix parameters");
+COUPLET_STATIC_ASSERT(sizeof(couplet_reorder_run) == 56, "reorder runs");
+COUPLET_STATIC_ASSERT(sizeof(couplet_reorder_params) == 32, "reorder parameters");
 
 #ifdef __cplusplus
 }

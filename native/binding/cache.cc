@@ -33,6 +33,7 @@ LayerOptions::LayerOptions(Device device, const CacheConfig& config, const Napi:
       size_t const angles = product({params.positions, params.rotary_dim / 2});
       params.cos = given.array_or_none<float>("cos", angles).data;
       params.sin = given.array_or_none<float>("sin", angles).data;
+      params.order = given.array_or_none<int32_t>("order", static_cast<size_t>(params.rotary_dim / 2)).data;
       rotaries_.push_back(nullptr);
       couplet_report report{};
       throw_unless_ok(object.Env(), device.backend->rotary.create(&params, &rotaries_.back(), &report), report);
@@ -48,11 +49,14 @@ LayerOptions::LayerOptions(Device device, const CacheConfig& config, const Napi:
       layer.scale = static_cast<float>(given.number_or("scale", 0, -most, most));
       layer.softcap = static_cast<float>(given.number_or("softcap", 0, 0, most));
       layer.local_window = given.integer_or("localWindow", 0, 0);
+      auto const rotary_index = [&](const char* name) {
+        return static_cast<size_t>(given.integer(name, 0, static_cast<int32_t>(rotaries_.size()) - 1));
+      };
       if (given.has("rotary")) {
-        auto const index = static_cast<size_t>(given.integer("rotary", 0, static_cast<int32_t>(rotaries_.size()) - 1));
-        layer.rotary = rotaries_[index];
-        layer.positions = positions[index];
+        layer.rotary = rotaries_[rotary_index("rotary")];
+        layer.positions = positions[rotary_index("rotary")];
       }
+      if (given.has("orderedRotary")) layer.ordered_rotary = rotaries_[rotary_index("orderedRotary")];
       if (!given.has("headSinks")) continue;
       View<float> const sinks = given.array<float>("headSinks", static_cast<size_t>(config.query_heads));
       DeviceMemory& memory = head_sinks_.emplace_back();
@@ -161,6 +165,14 @@ std::vector<Codebook::Source> read_sources(const Options& options, const Codeboo
     read_layers(options, side.metrics, shape, pin, matrices, &sources,
                 [&](Codebook::Source& source) -> const float*& { return source.metrics[at]; });
   }
+  if (options.has("keyOrders")) {
+    Napi::Array const list = options.list("keyOrders");
+    if (list.Length() != sources.size())
+      throw_expected(options.env(), std::to_string(sources.size()) + " entries", "keyOrders", options.get("keyOrders"));
+    for (uint32_t layer = 0; layer < list.Length(); ++layer)
+      sources[layer].key_order =
+          pin(read_array<int32_t>(list.Get(layer), "keyOrders", static_cast<size_t>(shape.head_dim)));
+  }
   if (!options.has("valueMixes")) return sources;
   auto const square = [&](const HeadCodecs& part) { return product({part.heads, shape.head_dim, shape.head_dim}); };
   read_layers(options, "valueMixes", shape, pin, square, &sources,
@@ -175,7 +187,7 @@ class CodebookWorker : public DeviceWorker {
   explicit CodebookWorker(const Options& options)
       : DeviceWorker(options),
         shape_(read_shape(options)),
-        sources_(read_sources(options, shape_, [this](const View<float>& array) { return pin(array); })) {}
+        sources_(read_sources(options, shape_, [this](const auto& array) { return pin(array); })) {}
 
  protected:
   couplet_status run(const Device& device, couplet_report* report) override {

@@ -14,7 +14,8 @@ namespace couplet::binding {
 // The attend options of every layer of a model, and what they point to.
 class LayerOptions {
  public:
-  // options: `rotaries`, a list of objects, and `layers`, a list of objects whose `rotary` is an index into that list.
+  // options: `rotaries`, a list of objects, and `layers`, a list of objects whose `rotary` and
+  // `orderedRotary` are indices into that list.
   LayerOptions(Device device, const CacheConfig& config, const Napi::Object& options);
   ~LayerOptions();
   LayerOptions(const LayerOptions&) = delete;

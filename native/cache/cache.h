@@ -58,6 +58,12 @@ class Codebook {
     // Both or none: values enter as x M and what attention makes of them leaves as x M'. [kv_heads][head_dim][head_dim]
     const float* value_mix = nullptr;
     const float* value_unmix = nullptr;
+    // Keys are stored, and queries meet them, with channel key_order[c] at place c: [head_dim], every channel once; or NULL.
+    const int32_t* key_order = nullptr;
+  };
+  struct KeyOrder {
+    const int32_t* channels = nullptr;  // in the memory of the device, or NULL
+    std::vector<int32_t> on_host;
   };
   // In the memory of the device, or NULL.
   struct Mixing {
@@ -72,17 +78,21 @@ class Codebook {
   Device device() const { return device_; }
   const Shape& shape() const { return shape_; }
   std::span<const Part> layer(int32_t index) const { return layers_[static_cast<size_t>(index)]; }
-  Mixing mixing(int32_t layer) const { return mixings_.empty() ? Mixing{} : mixings_[static_cast<size_t>(layer)]; }
+  const KeyOrder& key_order(int32_t layer) const { return key_orders_[static_cast<size_t>(layer)]; }
+  Mixing mixing(int32_t layer) const { return mixings_[static_cast<size_t>(layer)]; }
   size_t bytes() const { return bytes_; }
 
  private:
   Codebook() = default;
   Device device_;
   Shape shape_;
+  couplet_status keep(const void* from, size_t bytes, const void** place, couplet_report* report);
   couplet_status keep_mixing(const Source& source, Mixing* mixing, couplet_report* report);
+  couplet_status keep_order(const Source& source, KeyOrder* order, couplet_report* report);
 
   std::vector<std::vector<Part>> layers_;
-  std::vector<Mixing> mixings_;  // [layers], or none of any
+  std::vector<Mixing> mixings_;       // [layers]
+  std::vector<KeyOrder> key_orders_;  // [layers]
   size_t bytes_ = 0;
 };
 
@@ -106,6 +116,8 @@ struct RowFormat {
 // What differs from layer to layer of a model; given with every attend.
 struct AttendOptions {
   const couplet_rotary* rotary = nullptr;
+  const couplet_rotary* ordered_rotary =
+      nullptr;                        // its angles in the key order of the layer, where the codebook has one
   int32_t positions = 0;              // the first that `rotary` has no angles for; 0: not said
   const float* head_sinks = nullptr;  // [query_heads], in the memory of the cache's device
   float scale = 0;                    // 0: 1 / sqrt(head_dim)

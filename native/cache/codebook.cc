@@ -49,22 +49,52 @@ couplet_status check_shape(const Codebook::Shape& shape, std::span<const Codeboo
   return COUPLET_OK;
 }
 
+size_t mixing_bytes(const Codebook::Shape& shape) {
+  return static_cast<size_t>(shape.kv_heads * shape.head_dim) * static_cast<size_t>(shape.head_dim) * sizeof(float);
+}
+size_t order_bytes(const Codebook::Shape& shape) { return static_cast<size_t>(shape.head_dim) * sizeof(int32_t); }
+
 }  // namespace
+
+// A copy in the memory of the device.
+couplet_status Codebook::keep(const void* from, size_t bytes, const void** place, couplet_report* report) {
+  const couplet_memory_entries& memory = device_.backend->memory;
+  void* const made = memory.allocate(bytes);
+  if (!made) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for %zu bytes", bytes);
+  *place = made;
+  bytes_ += bytes;
+  return memory.copy(made, from, bytes, nullptr, report);
+}
+
+couplet_status Codebook::keep_order(const Source& source, KeyOrder* order, couplet_report* report) {
+  if (!source.key_order) return COUPLET_OK;
+  order->on_host.assign(source.key_order, source.key_order + shape_.head_dim);
+  std::vector<bool> seen(order->on_host.size());
+  for (int32_t const channel : order->on_host) {
+    if (channel < 0 || channel >= shape_.head_dim || seen[static_cast<size_t>(channel)])
+      return fail(report, COUPLET_INVALID_ARGUMENT, {},
+                  "Expected every channel once in the order of keys but received %d", channel);
+    seen[static_cast<size_t>(channel)] = true;
+  }
+  const void* place = nullptr;
+  couplet_status const status = keep(source.key_order, order_bytes(shape_), &place, report);
+  order->channels = static_cast<const int32_t*>(place);
+  return status;
+}
 
 // Matrices that are no number would make a value that is none, and nobody could tell where it came from.
 couplet_status Codebook::keep_mixing(const Source& source, Mixing* mixing, couplet_report* report) {
-  const couplet_memory_entries& memory = device_.backend->memory;
-  auto const floats = static_cast<size_t>(shape_.kv_heads * shape_.head_dim) * static_cast<size_t>(shape_.head_dim);
+  if (!source.value_mix) return COUPLET_OK;
+  size_t const bytes = mixing_bytes(shape_);
   for (auto const& [from, to] : {std::pair{source.value_mix, &mixing->mix}, {source.value_unmix, &mixing->unmix}}) {
-    for (size_t at = 0; at < floats; ++at)
+    for (size_t at = 0; at < bytes / sizeof(float); ++at)
       if (!std::isfinite(from[at]))
         return fail(report, COUPLET_NOT_FINITE, {}, "Expected finite numbers for the mixing of values but received %f",
                     static_cast<double>(from[at]));
-    auto* const place = static_cast<float*>(memory.allocate(floats * sizeof(float)));
-    if (!place) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for %zu bytes", floats * sizeof(float));
-    *to = place;
-    bytes_ += floats * sizeof(float);
-    if (couplet_status const status = memory.copy(place, from, floats * sizeof(float), nullptr, report)) return status;
+    const void* place = nullptr;
+    couplet_status const status = keep(from, bytes, &place, report);
+    *to = static_cast<const float*>(place);
+    if (status != COUPLET_OK) return status;
   }
   return COUPLET_OK;
 }
@@ -78,6 +108,8 @@ couplet_status Codebook::create(Device device, const Shape& shape, std::span<con
   codebook->device_ = device;
   codebook->shape_ = shape;
   codebook->layers_.resize(static_cast<size_t>(shape.layers));
+  codebook->mixings_.resize(static_cast<size_t>(shape.layers));
+  codebook->key_orders_.resize(static_cast<size_t>(shape.layers));
   for (int32_t layer = 0; layer < shape.layers; ++layer) {
     auto const index = static_cast<size_t>(layer);
     const float* centroids[] = {sources[index].tables[0], sources[index].tables[1]};
@@ -104,9 +136,8 @@ couplet_status Codebook::create(Device device, const Shape& shape, std::span<con
       }
       first_head += codecs.heads;
     }
-    if (!sources[index].value_mix) continue;
-    codebook->mixings_.resize(static_cast<size_t>(shape.layers));
     status = codebook->keep_mixing(sources[index], &codebook->mixings_[index], report);
+    if (status == COUPLET_OK) status = codebook->keep_order(sources[index], &codebook->key_orders_[index], report);
     if (status != COUPLET_OK) {
       if (report) report->layer = layer;
       return status;
@@ -119,11 +150,12 @@ couplet_status Codebook::create(Device device, const Shape& shape, std::span<con
 }
 
 Codebook::~Codebook() {
-  size_t const bytes =
-      static_cast<size_t>(shape_.kv_heads * shape_.head_dim) * static_cast<size_t>(shape_.head_dim) * sizeof(float);
+  const couplet_memory_entries& memory = device_.backend->memory;
   for (const Mixing& mixing : mixings_)
     for (const float* const matrices : {mixing.mix, mixing.unmix})
-      if (matrices) device_.backend->memory.release(const_cast<float*>(matrices), bytes);
+      if (matrices) memory.release(const_cast<float*>(matrices), mixing_bytes(shape_));
+  for (const KeyOrder& order : key_orders_)
+    if (order.channels) memory.release(const_cast<int32_t*>(order.channels), order_bytes(shape_));
   for (const std::vector<Part>& layer : layers_) {
     for (const Part& part : layer) {
       device_.backend->table.destroy(part.key);

@@ -72,8 +72,11 @@ class Step::State::Layer {
         uploads_(!is_host_ && options.inputs.place == Place::host),
         downloads_(!is_host_ && options.outputs.place == Place::host),
         placed_(data.begin(), data.end()) {
-    if (step->codebook) parts_ = step->codebook->layer(layer);
-    if (step->codebook) mixing_ = step->codebook->mixing(layer);
+    if (const Codebook* const codebook = step->codebook.get()) {
+      parts_ = codebook->layer(layer);
+      mixing_ = codebook->mixing(layer);
+      key_order_ = codebook->key_order(layer).channels;
+    }
     part_arrays_.resize(std::max<size_t>(1, parts_.size()));
   }
 
@@ -91,6 +94,7 @@ class Step::State::Layer {
   couplet_status take_outputs();
 
   void place(Bump* bump);
+  void place_reordered(Bump* bump);
   void gather_stored();
   void gather_leaving();
   void gather_dense(const StepRowState& row, const StepData& data);
@@ -99,6 +103,7 @@ class Step::State::Layer {
   void gather_attended();
   couplet_status store(const couplet_store_run* runs, size_t count, int32_t dtype, ReportSlot slot);
   void gather_mixed();
+  couplet_status reorder();
   couplet_status mix(bool is_output);
   template <class Entries, class Params>
   couplet_status call(const Entries& entries, const Params& params, ReportSlot slot, size_t part = 0);
@@ -139,6 +144,7 @@ class Step::State::Layer {
   float* gathered_[2] = {};       // keys and values of tokens that leave the window, from several blocks
 
   // On the host, of all heads; what launches are given lies in memory.arrays, there for each part from its first head on.
+  std::vector<couplet_reorder_run> reorder_;  // keys and queries as they came
   std::vector<couplet_store_run> convert_, keep_;
   std::vector<couplet_mix_run> mixed_[2];               // values that came, outputs
   std::vector<couplet_encode_run> held_[2], fresh_[2];  // keys, values
@@ -155,6 +161,7 @@ class Step::State::Layer {
     couplet_dense_rows* dense;
     couplet_attend_sequence* sequences;
   };
+  couplet_reorder_run* reorder_array_ = nullptr;
   couplet_store_run *convert_array_ = nullptr, *keep_array_ = nullptr;
   couplet_mix_run* mixed_arrays_[2] = {};
   std::vector<PartArrays> part_arrays_;
@@ -162,6 +169,7 @@ class Step::State::Layer {
   // Without a codebook all heads are one part, and nothing is coded.
   std::span<const Codebook::Part> parts_;
   Codebook::Mixing mixing_;
+  const int32_t* key_order_ = nullptr;
   int32_t first_head(size_t part) const { return parts_.empty() ? 0 : parts_[part].first_head; }
   int32_t heads(size_t part) const { return parts_.empty() ? owner_.config.kv_heads : parts_[part].codecs.heads; }
 };
@@ -222,7 +230,35 @@ couplet_status Step::State::Layer::bring_tables() {
   return upload(first, staged, table_bytes);
 }
 
-// Where rows lie that are not read or written in place. memory.rows: uploaded | converted | gathered | outputs.
+// Keys and queries in the order of the codebook, of the element type in which they came.
+void Step::State::Layer::place_reordered(Bump* bump) {
+  reorder_.clear();
+  if (!key_order_) return;
+  const CacheConfig& config = owner_.config;
+  int64_t const head_dim = config.head_dim;
+  size_t const bytes = element_bytes(options_.inputs.dtype);
+  for (const Piece& piece : step_.plan.given) {
+    StepData& row = placed_[piece.row];
+    auto const move = [&](const void** rows, int64_t* token_stride, int64_t* head_stride, int32_t heads) {
+      void* const to = bump->take(static_cast<size_t>(piece.tokens() * heads * head_dim) * bytes);
+      reorder_.push_back({.rows = *rows,
+                          .reordered = to,
+                          .token_stride = *token_stride,
+                          .head_stride = *head_stride,
+                          .reordered_token_stride = heads * head_dim,
+                          .reordered_head_stride = head_dim,
+                          .tokens = piece.tokens(),
+                          .heads = heads});
+      *rows = to;
+      *token_stride = heads * head_dim;
+      *head_stride = head_dim;
+    };
+    move(&row.keys, &row.key_token_stride, &row.key_head_stride, config.kv_heads);
+    if (row.queries) move(&row.queries, &row.query_token_stride, &row.query_head_stride, config.query_heads);
+  }
+}
+
+// Where rows lie that are not read or written in place. memory.rows: uploaded | reordered | converted | gathered | outputs.
 void Step::State::Layer::place(Bump* bump) {
   const CacheConfig& config = owner_.config;
   int64_t const kv_width = int64_t{config.kv_heads} * config.head_dim,
@@ -243,6 +279,7 @@ void Step::State::Layer::place(Bump* bump) {
     }
     uploaded_bytes_ = bump->bytes();
   }
+  place_reordered(bump);
   if (dtype != COUPLET_FLOAT32 || mixing_.mix) {  // the caller's values are not ours to mix in place
     int64_t first_token = 0;
     for (const Piece& piece : step_.plan.given) {
@@ -313,6 +350,7 @@ couplet_status Step::State::Layer::bring_arrays() {
   gather_leaving();
   gather_attended();
   auto const lay_out = [this](Bump* bump) {
+    reorder_array_ = bump->take<couplet_reorder_run>(reorder_.size());
     convert_array_ = bump->take<couplet_store_run>(convert_.size());
     keep_array_ = bump->take<couplet_store_run>(keep_.size());
     for (int side : {0, 1}) mixed_arrays_[side] = bump->take<couplet_mix_run>(mixed_[side].size());
@@ -344,6 +382,7 @@ couplet_status Step::State::Layer::bring_arrays() {
     }
   };
   auto const as_it_is = [](const auto& run, size_t) { return run; };
+  put(reorder_, reorder_array_, as_it_is);
   put(convert_, convert_array_, as_it_is);
   put(keep_, keep_array_, as_it_is);
   for (int side : {0, 1}) put(mixed_[side], mixed_arrays_[side], as_it_is);
@@ -531,6 +570,19 @@ couplet_status Step::State::Layer::store(const couplet_store_run* runs, size_t c
   return call(backend_.store, params, slot);
 }
 
+couplet_status Step::State::Layer::reorder() {
+  if (reorder_.empty()) return COUPLET_OK;
+  couplet_reorder_params params = {.runs = reorder_array_,
+                                   .order = key_order_,
+                                   .run_count = static_cast<int32_t>(reorder_.size()),
+                                   .most_rows = 0,
+                                   .head_dim = owner_.config.head_dim,
+                                   .dtype = options_.inputs.dtype};
+  for (const couplet_reorder_run& run : reorder_) params.most_rows = std::max(params.most_rows, run.tokens * run.heads);
+  couplet_status const status = backend_.reorder.check(&params, report_);
+  return status == COUPLET_OK ? backend_.reorder.run(&params, nullptr, step_.stream, report_) : status;
+}
+
 couplet_status Step::State::Layer::mix(bool is_output) {
   const std::vector<couplet_mix_run>& runs = mixed_[is_output];
   if (runs.empty()) return COUPLET_OK;
@@ -551,7 +603,8 @@ couplet_status Step::State::Layer::mix(bool is_output) {
 }
 
 couplet_status Step::State::Layer::store_rows() {
-  couplet_status status = store(convert_array_, convert_.size(), options_.inputs.dtype, ReportSlot::convert);
+  couplet_status status = reorder();
+  if (status == COUPLET_OK) status = store(convert_array_, convert_.size(), options_.inputs.dtype, ReportSlot::convert);
   if (status == COUPLET_OK) status = mix(false);
   return status == COUPLET_OK ? store(keep_array_, keep_.size(), COUPLET_FLOAT32, ReportSlot::keep) : status;
 }
@@ -686,7 +739,7 @@ couplet_attend_params Step::State::Layer::attend_params(size_t part) const {
   const CacheConfig& config = owner_.config;
   int32_t const repeats = config.query_heads / config.kv_heads;
   couplet_attend_params params = {};
-  params.rotary = options_.rotary;
+  params.rotary = key_order_ ? options_.ordered_rotary : options_.rotary;
   params.head_sinks = options_.head_sinks ? options_.head_sinks + first_head(part) * repeats : nullptr;
   params.query_heads = heads(part) * repeats;
   params.kv_heads = heads(part);

@@ -35,6 +35,12 @@ couplet_status Step::State::check_layer(int32_t layer, std::span<const StepData>
     return fail(report, COUPLET_UNSUPPORTED, where,
                 "A cache on the CPU takes and gives float32; float16 and bfloat16 need one on a GPU");
   }
+  if (codebook && codebook->key_order(layer).channels && !options.rotary != !options.ordered_rotary) {
+    return fail(
+        report, COUPLET_INVALID_ARGUMENT, where,
+        "Expected a rotary embedding in the key order of layer %d beside the model's, or neither, but received one",
+        layer);
+  }
   for (size_t row = 0; row < rows.size(); ++row) {
     if (rows[row].row.tokens == 0) continue;
     if (options.positions > 0 && rows[row].new_length > options.positions) {
@@ -193,10 +199,12 @@ couplet_status Step::State::not_finite(const Unread& call, const couplet_report&
     position = piece.begin + left % piece.tokens();
     break;
   }
-  return fail(report, COUPLET_NOT_FINITE,
-              {.layer = layer, .kv_head = kv_head, .token = position, .channel = found.channel},
+  const std::vector<int32_t>* const order = in_keys && codebook ? &codebook->key_order(layer).on_host : nullptr;
+  bool const is_reordered = order && !order->empty() && found.channel >= 0;
+  int32_t const channel = is_reordered ? (*order)[static_cast<size_t>(found.channel)] : found.channel;
+  return fail(report, COUPLET_NOT_FINITE, {.layer = layer, .kv_head = kv_head, .token = position, .channel = channel},
               "Expected finite %s but received a NaN or an infinity in layer %d, kv head %d, token %lld, channel %d",
-              in_keys ? "keys" : "values", layer, kv_head, static_cast<long long>(position), found.channel);
+              in_keys ? "keys" : "values", layer, kv_head, static_cast<long long>(position), channel);
 }
 
 }  // namespace couplet

@@ -90,6 +90,13 @@ inline couplet_status check_rotary_params(const couplet_rotary_params* params, c
                  p.rotary_dim);
   COUPLET_EXPECT(p.positions >= 1, "Expected 1 or more for the rotary `positions` but received %d", p.positions);
   COUPLET_EXPECT(!p.cos == !p.sin, "Expected both rotary tables, `cos` and `sin`, or none but received one");
+  bool seen[COUPLET_MAX_HEAD_DIM / 2] = {};
+  for (int32_t i = 0; p.order && i < p.rotary_dim / 2; ++i) {
+    COUPLET_EXPECT(p.order[i] >= 0 && p.order[i] < p.rotary_dim / 2 && !seen[p.order[i]],
+                   "Expected every rotary pair below %d once for `order` but received %d at %d", p.rotary_dim / 2,
+                   p.order[i], i);
+    seen[p.order[i]] = true;
+  }
   if (!p.cos) {
     COUPLET_EXPECT(std::isfinite(p.theta) && p.theta > 0,
                    "Expected a positive number for the rotary `theta` but received %g", p.theta);
@@ -204,6 +211,19 @@ inline couplet_status check_mix_params(const couplet_mix_params* params, couplet
   COUPLET_EXPECT(p.matrices, "Expected an array for `matrices` but received NULL");
   COUPLET_EXPECT(p.run_count >= 0 && p.most_tokens >= 0 && (p.runs || p.run_count == 0),
                  "Expected runs but received %d of at most %d tokens", p.run_count, p.most_tokens);
+  return COUPLET_OK;
+}
+
+// The runs are not looked at, nor the order, which may be the device's.
+inline couplet_status check_reorder_params(const couplet_reorder_params* params, couplet_report* report) {
+  COUPLET_EXPECT(params, "Expected parameters but received NULL");
+  const couplet_reorder_params& p = *params;
+  COUPLET_EXPECT(is_dtype(p.dtype), "Expected float32, float16 or bfloat16 for `dtype` but received %d", p.dtype);
+  COUPLET_EXPECT(p.head_dim >= 1 && p.head_dim <= COUPLET_MAX_HEAD_DIM,
+                 "Expected 1 to %d for `headDim` but received %d", COUPLET_MAX_HEAD_DIM, p.head_dim);
+  COUPLET_EXPECT(p.order, "Expected an array for `order` but received NULL");
+  COUPLET_EXPECT(p.run_count >= 0 && p.most_rows >= 0 && (p.runs || p.run_count == 0),
+                 "Expected runs but received %d of at most %d rows", p.run_count, p.most_rows);
   return COUPLET_OK;
 }
 

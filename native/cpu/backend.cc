@@ -79,6 +79,7 @@ const couplet_backend* backend() {
       .attention_weights = attention_weights_entries,
       .store = store_entries,
       .mix = mix_entries,
+      .reorder = reorder_entries,
   };
   return &cpu;
 }

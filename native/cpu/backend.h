@@ -14,6 +14,7 @@ extern const couplet_attend_entries attend_entries;
 extern const couplet_attention_weights_entries attention_weights_entries;
 extern const couplet_store_entries store_entries;
 extern const couplet_mix_entries mix_entries;
+extern const couplet_reorder_entries reorder_entries;
 
 const couplet_backend* backend();
 

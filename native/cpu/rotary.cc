@@ -91,8 +91,11 @@ bool fill_linear(couplet_rotary* rotary, const std::vector<double>& frequency) {
 
 bool fill_given(couplet_rotary* rotary, const couplet_rotary_params& params) {
   if (!allocate_rows(rotary, rotary->positions)) return false;
-  for (int64_t row = 0, at = 0; row < rotary->positions; ++row)
-    for (int32_t i = 0; i < pairs(*rotary); ++i, ++at) put(*rotary, row, i, params.cos[at], params.sin[at]);
+  for (int64_t row = 0; row < rotary->positions; ++row)
+    for (int32_t i = 0; i < pairs(*rotary); ++i) {
+      int64_t const at = row * pairs(*rotary) + rotary_pair(params, i);
+      put(*rotary, row, i, params.cos[at], params.sin[at]);
+    }
   return true;
 }
 
@@ -104,7 +107,7 @@ bool is_linear(const couplet_rotary& rotary, const couplet_rotary_params& params
   for (int32_t t = 0; t < params.positions; ++t) {
     add_up(rotary, t, cos, sin);
     for (int32_t i = 0; i < pairs(rotary); ++i) {
-      int64_t const at = int64_t{t} * pairs(rotary) + i;
+      int64_t const at = int64_t{t} * pairs(rotary) + rotary_pair(params, i);
       int32_t const entry = step == 1 ? i : 2 * i + 1;  // of an interleaved row, the one whose sin has its own sign
       double const amplitude = rotary.amplitude[entry];
       double const tolerance = rotary_tolerance(amplitude, frequency[static_cast<size_t>(i)], t);
@@ -120,13 +123,14 @@ bool fill_from_tables(couplet_rotary* rotary, const couplet_rotary_params& param
   std::vector<double> frequency(static_cast<size_t>(pairs(*rotary)));
   bool candidate = true;
   for (int32_t i = 0; i < pairs(*rotary); ++i) {
-    float const amplitude = params.cos[i];  // the angle of position 0 is 0
-    candidate = candidate && amplitude > 0 && params.sin[i] == 0;
+    int32_t const pair = rotary_pair(params, i);
+    float const amplitude = params.cos[pair];  // the angle of position 0 is 0
+    candidate = candidate && amplitude > 0 && params.sin[pair] == 0;
     if (rotary->kind == COUPLET_ROTARY_HALF)
       rotary->amplitude[i] = amplitude;
     else
       rotary->amplitude[2 * i] = rotary->amplitude[2 * i + 1] = amplitude;
-    frequency[static_cast<size_t>(i)] = rotary_frequency(params, i);
+    frequency[static_cast<size_t>(i)] = rotary_frequency(params, pair);
   }
   if (candidate) {
     if (!fill_linear(rotary, frequency)) return false;
@@ -135,10 +139,10 @@ bool fill_from_tables(couplet_rotary* rotary, const couplet_rotary_params& param
   return rotary->linear || fill_given(rotary, params);
 }
 
-bool fill_from_theta(couplet_rotary* rotary, double theta) {
+bool fill_from_theta(couplet_rotary* rotary, const couplet_rotary_params& params) {
   std::vector<double> frequency(static_cast<size_t>(pairs(*rotary)));
   for (int32_t i = 0; i < pairs(*rotary); ++i)
-    frequency[static_cast<size_t>(i)] = std::pow(theta, -2.0 * i / rotary->rotary_dim);
+    frequency[static_cast<size_t>(i)] = std::pow(params.theta, -2.0 * rotary_pair(params, i) / rotary->rotary_dim);
   for (int32_t entry = 0; entry < rotary->entries; ++entry) rotary->amplitude[entry] = 1;
   rotary->linear = true;
   return fill_linear(rotary, frequency);
@@ -175,8 +179,7 @@ couplet_status create(const couplet_rotary_params* params, couplet_rotary** out,
   bool filled = false;
   try {
     rotary->amplitude = allocate(rotary, rotary->stride);
-    filled =
-        rotary->amplitude && (params->cos ? fill_from_tables(rotary, *params) : fill_from_theta(rotary, params->theta));
+    filled = rotary->amplitude && (params->cos ? fill_from_tables(rotary, *params) : fill_from_theta(rotary, *params));
   } catch (const std::bad_alloc&) {
   }
   if (!filled) {

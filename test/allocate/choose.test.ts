@@ -71,12 +71,14 @@ function codedByHand(rows: Float32Array, codebook: Codebook, layer: number, side
   const table = side === 'key' ? keyTable : valueTable
   const matrixOf = (name: 'value.mix' | 'value.unmix') => (side === 'value' ? codebook.transform(name, layer) : undefined)
   const metric = side === 'key' ? keyMetric : undefined
+  const order = side === 'key' ? codebook.transform('key.group', layer) : undefined
   const through = (row: Float64Array, matrices: Float32Array | undefined, head: number): Float64Array => matrices === undefined ? row
     : row.map((_, to) => row.reduce((sum, value, from) => sum + value * matrices[(head * 64 + from) * 64 + to]!, 0))
   const out = new Float64Array(rows.length)
   for (let at = 0; at < rows.length; at += 64) {
     const head = (at / 64) % 2
-    const row = through(Float64Array.from(rows.subarray(at, at + 64)), matrixOf('value.mix'), head)
+    const given = Float64Array.from({ length: 64 }, (_, place) => rows[at + (order?.[place] ?? place)]!)
+    const row = through(given, matrixOf('value.mix'), head)
     for (let group = 0; group < 8; group++) {
       const place = head * 8 + group
       const distance = (centroid: number): number => {
@@ -89,7 +91,7 @@ function codedByHand(rows: Float32Array, codebook: Codebook, layer: number, side
       const nearest = distances.indexOf(Math.min(...distances))
       for (let i = 0; i < 8; i++) row[group * 8 + i] = table[(place * 16 + nearest) * 8 + i]!
     }
-    out.set(through(row, matrixOf('value.unmix'), head), at)
+    through(row, matrixOf('value.unmix'), head).forEach((value, place) => { out[at + (order?.[place] ?? place)] = value })
   }
   return out
 }
@@ -151,7 +153,7 @@ describe('chooseCodecs', function () {
   })
 
   it('measures codecs with the transforms that the codebook will have', async () => {
-    const transforms = ['key.metric', 'value.mix'] as const
+    const transforms = ['key.group', 'key.metric', 'value.mix'] as const
     const { sensitivities } = await chooseCodecs(captured, { ...options, transforms, per: 'layer', measure: 'fisher', candidates: ['8c4b'] })
     using codebook = await learnCodebook(captured, { codec: '8c4b', iterations: 3, transforms, threads: 2 })
     const tokens = captured.heldOut!.tokensKept

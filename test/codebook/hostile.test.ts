@@ -92,8 +92,8 @@ describe('a hostile codebook file', () => {
     })
 
   it('of another format version is a mismatch that names both', () => {
-    const message = 'Expected a codebook of format version 1, 2 or 3 but received one of format version 4'
-    assert.throws(() => Codebook.fromBuffer(edit('\\"formatVersion\\":1', '\\"formatVersion\\":4')), { code: 'ERR_COUPLET_CODEBOOK_MISMATCH', message })
+    const message = 'Expected a codebook of format version 1, 2, 3 or 4 but received one of format version 5'
+    assert.throws(() => Codebook.fromBuffer(edit('\\"formatVersion\\":1', '\\"formatVersion\\":5')), { code: 'ERR_COUPLET_CODEBOOK_MISMATCH', message })
   })
 
   it('of a terabyte is refused without reading it', async () => {

@@ -217,7 +217,7 @@ describe('inspect', function () {
     assert.notDeepEqual(inspection.attention.layers[1]!.outputErrors, plain.attention.layers[1]!.outputErrors)
   })
 
-  /** Rows [tokens][2][64] of layer 1: mixed, the centroid that the metric calls nearest, unmixed; in double. */
+  /** Rows [tokens][2][64] of layer 1: in their order or mixed, the centroid that the metric calls nearest, and back; in double. */
   function codedByHand(rows: Float32Array, from: Codebook, name: 'key' | 'value'): Float64Array {
     const [part] = from.parts(1)
     const { groupChannels: size, centroids } = name === 'key' ? part!.keyCodec : part!.valueCodec
@@ -228,7 +228,8 @@ describe('inspect', function () {
     for (let line = 0; line < rows.length / 64; line++) {
       const head = line % 2
       const row = [...rows.subarray(line * 64, (line + 1) * 64)]
-      const mixed = name === 'value' ? through(row, from.transform('value.mix', 1)!, head) : row
+      const order = from.transform('key.group', 1)!
+      const mixed = name === 'value' ? through(row, from.transform('value.mix', 1)!, head) : row.map((_, place) => row[order[place]!]!)
       const coded = mixed.slice()
       for (let group = 0; group < 64 / size; group++) {
         const place = head * (64 / size) + group
@@ -240,7 +241,8 @@ describe('inspect', function () {
         const codes = Array.from({ length: centroids }, (_, code) => distance(code))
         coded.splice(group * size, size, ...centroid(codes.indexOf(Math.min(...codes))))
       }
-      out.set(name === 'value' ? through(coded, from.transform('value.unmix', 1)!, head) : coded, line * 64)
+      if (name === 'value') out.set(through(coded, from.transform('value.unmix', 1)!, head), line * 64)
+      else coded.forEach((value, place) => { out[line * 64 + order[place]!] = value })
     }
     return out
   }

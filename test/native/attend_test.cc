@@ -248,7 +248,7 @@ void detection() {  // given tables that are linear need no row per position
 // The angles themselves, where no sequence of a test is long enough to go: three digits of a position.
 void far_angles() {
   for (int32_t kind : {COUPLET_ROTARY_HALF, COUPLET_ROTARY_INTERLEAVED}) {
-    couplet_rotary_params const params{nullptr, nullptr, 500000, kind, 64, 1 << 20, 64};
+    couplet_rotary_params const params{nullptr, nullptr, 500000, kind, 64, 1 << 20, 64, nullptr};
     couplet_rotary* rotary = nullptr;
     couplet_report report{};
     if (!CHECK(cpu::rotary_entries.create(&params, &rotary, &report) == COUPLET_OK, "%s", report.detail)) return;
@@ -267,6 +267,45 @@ void far_angles() {
   }
 }
 
+// Pairs in another order: place i has, bit for bit, the angles of pair order[i]; by theta, linear tables and tables of any kind.
+void ordered_angles() {
+  constexpr int32_t half = 16, positions = 300;
+  std::vector<int32_t> order;
+  for (int32_t i = 0; i < half; ++i) order.push_back((7 * i + 3) % half);
+  for (bool const is_given : {false, true})
+    for (bool const is_linear : {false, true})
+      for (int32_t kind : {COUPLET_ROTARY_HALF, COUPLET_ROTARY_INTERLEAVED}) {
+        std::vector<float> cos, sin;
+        for (int32_t t = 0; t < positions; ++t)
+          for (int32_t i = 0; i < half; ++i) {
+            double const angle = (is_linear ? t : std::sqrt(t)) * std::pow(10000, -static_cast<double>(i) / half);
+            cos.push_back(static_cast<float>((1 + i) * std::cos(angle)));
+            sin.push_back(static_cast<float>((1 + i) * std::sin(angle)));
+          }
+        couplet_rotary_params params{cos.data(), sin.data(), 10000, kind, 2 * half, positions, 64, nullptr};
+        if (!is_given) params.cos = params.sin = nullptr;
+        couplet_rotary *own = nullptr, *ordered = nullptr;
+        couplet_report report{};
+        CHECK(cpu::rotary_entries.create(&params, &own, &report) == COUPLET_OK, "%s", report.detail);
+        params.order = order.data();
+        CHECK(cpu::rotary_entries.create(&params, &ordered, &report) == COUPLET_OK, "%s", report.detail);
+        CHECK(own->linear == (!is_given || is_linear) && own->linear == ordered->linear, "linear %d", own->linear);
+        for (int32_t position : {0, 1, 64, 299}) {
+          float expected[2][cpu::rotary_max_stride], got[2][cpu::rotary_max_stride];
+          cpu::position_angles(*own, position, expected[0], expected[1]);
+          cpu::position_angles(*ordered, position, got[0], got[1]);
+          int32_t const width = kind == COUPLET_ROTARY_HALF ? 1 : 2;
+          for (int32_t entry = 0; entry < width * half; ++entry) {
+            int32_t const from = order[static_cast<size_t>(entry / width)] * width + entry % width;
+            CHECK(got[0][entry] == expected[0][from] && got[1][entry] == expected[1][from],
+                  "position %d, entry %d of kind %d", position, entry, kind);
+          }
+        }
+        cpu::rotary_entries.destroy(own);
+        cpu::rotary_entries.destroy(ordered);
+      }
+}
+
 // What a model's float32 arithmetic makes of its angles is still linear; a NaN, a missing half and a wrong kind are refused.
 void rotary_tables() {
   constexpr int32_t positions = 8192, half = 16;
@@ -277,7 +316,7 @@ void rotary_tables() {
       cos.push_back(std::cos(angle));
       sin.push_back(std::sin(angle));
     }
-  couplet_rotary_params params{cos.data(), sin.data(), 0, COUPLET_ROTARY_HALF, 2 * half, positions, 64};
+  couplet_rotary_params params{cos.data(), sin.data(), 0, COUPLET_ROTARY_HALF, 2 * half, positions, 64, nullptr};
   couplet_rotary* rotary = nullptr;
   couplet_report report{};
   CHECK(cpu::rotary_entries.create(&params, &rotary, &report) == COUPLET_OK && rotary->linear, "%s", report.detail);
@@ -287,11 +326,15 @@ void rotary_tables() {
   cpu::rotary_entries.destroy(rotary);
 
   auto const refuses = [&](couplet_status status, auto&& change) {
-    couplet_rotary_params bad{cos.data(), sin.data(), 0, COUPLET_ROTARY_HALF, 2 * half, positions, 64};
+    couplet_rotary_params bad{cos.data(), sin.data(), 0, COUPLET_ROTARY_HALF, 2 * half, positions, 64, nullptr};
     change(bad);
     CHECK(cpu::rotary_entries.create(&bad, &rotary, &report) == status && !rotary, "%s", report.detail);
   };
   rotary = nullptr;
+  int32_t order[half] = {};
+  refuses(COUPLET_INVALID_ARGUMENT, [&](couplet_rotary_params& p) { p.order = order; });
+  for (int32_t i = 0; i < half; ++i) order[i] = half - i;
+  refuses(COUPLET_INVALID_ARGUMENT, [&](couplet_rotary_params& p) { p.order = order; });
   refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.sin = nullptr; });
   refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.kind = 3; });
   refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.rotary_dim = 66; });
@@ -315,6 +358,7 @@ int main() {
   refusals();
   detection();
   far_angles();
+  ordered_angles();
   rotary_tables();
   std::printf("largest error over what is allowed: %.2f\n", worst);
   return couplet::test::finish();

@@ -85,12 +85,36 @@ struct Mixing {
   size_t place(size_t i) const { return i / shape.head_dim * shape.head_dim + static_cast<size_t>(places[i]); }
 };
 
+// Keys of the first layer stand in another order, the same in all heads.
+struct Order {
+  std::vector<int32_t> channels;
+
+  explicit Order(Random* random) {
+    for (int32_t channel = 0; channel < shape.head_dim; ++channel)
+      channels.insert(channels.begin() + random->below(channel + 1), channel);
+  }
+  std::vector<float> ordered(const float* rows) const {
+    std::vector<float> out(side_floats);
+    for (size_t i = 0; i < side_floats; ++i) out[i] = rows[place(i)];
+    return out;
+  }
+  void restored(const std::vector<float>& from, float* rows) const {
+    for (size_t i = 0; i < side_floats; ++i) rows[place(i)] = from[i];
+  }
+
+ private:
+  size_t place(size_t i) const {
+    return i / shape.head_dim * shape.head_dim + static_cast<size_t>(channels[i % shape.head_dim]);
+  }
+};
+
 struct Tables {
   std::vector<FakeTable> heads;  // [layer][side][kv head]
   Mixing mixing;
+  Order order;
   std::shared_ptr<const Codebook> codebook;
 
-  Tables(Device device, Random* random) : mixing(random) {
+  Tables(Device device, Random* random) : mixing(random), order(random) {
     std::vector<std::vector<float>> sides;  // [layer][side]
     for (int32_t layer = 0; layer < shape.layers; ++layer) {
       for (int side = 0; side < 2; ++side) {
@@ -107,6 +131,7 @@ struct Tables {
     for (size_t i = 0; i < sides.size(); ++i) sources[i / 2].tables[i % 2] = sides[i].data();
     sources.back().value_mix = mixing.mix.data();
     sources.back().value_unmix = mixing.unmix.data();
+    sources.front().key_order = order.channels.data();
     couplet_report report{};
     Codebook::Shape const given = {shape.layers, shape.kv_heads, shape.head_dim, layer_codecs};
     CHECK(Codebook::create(device, given, sources, &codebook, &report) == COUPLET_OK, "%s", report.detail);
@@ -122,9 +147,11 @@ struct Tables {
     token.coded.resize(token.raw.size());
     for (int32_t layer = 0; layer < shape.layers; ++layer) {
       for (int side = 0; side < 2; ++side) {
-        bool const is_mixed = side == 1 && layer == shape.layers - 1;
+        bool const is_mixed = side == 1 && layer == shape.layers - 1, is_ordered = side == 0 && layer == 0;
         const float* const raw = token.side(token.raw, layer, side);
-        std::vector<float> const rows = is_mixed ? mixing.mixed(raw) : std::vector<float>(raw, raw + side_floats);
+        std::vector<float> const rows = is_mixed     ? mixing.mixed(raw)
+                                        : is_ordered ? order.ordered(raw)
+                                                     : std::vector<float>(raw, raw + side_floats);
         std::vector<float> coded(side_floats);
         for (int32_t head = 0; head < shape.kv_heads; ++head) {
           const FakeTable& table = this->head(layer, side, head);
@@ -138,6 +165,8 @@ struct Tables {
         float* const place = token.side(token.coded, layer, side);
         if (is_mixed)
           mixing.unmixed(coded, place);
+        else if (is_ordered)
+          order.restored(coded, place);
         else
           std::copy(coded.begin(), coded.end(), place);
       }

@@ -179,6 +179,17 @@ void test_refused_parts() {
   CHECK(status_of({{{2, codec, codec}}}) == COUPLET_OK, "matrices");
   matrices.back() = NAN;
   CHECK(status_of({{{2, codec, codec}}}) == COUPLET_NOT_FINITE, "a matrix with a NaN");
+  source.value_mix = source.value_unmix = nullptr;
+
+  std::vector<int32_t> order(static_cast<size_t>(shape.head_dim));
+  for (size_t channel = 0; channel < order.size(); ++channel)
+    order[order.size() - 1 - channel] = static_cast<int32_t>(channel);
+  source.key_order = order.data();
+  CHECK(status_of({{{2, codec, codec}}}) == COUPLET_OK, "an order");
+  for (int32_t const wrong : {-1, shape.head_dim, order[1]}) {
+    order[0] = wrong;
+    CHECK(status_of({{{2, codec, codec}}}) == COUPLET_INVALID_ARGUMENT, "an order with channel %d", wrong);
+  }
 }
 
 // A token that leaves the window is encoded once for each part of a layer and side, whatever the steps' sizes.

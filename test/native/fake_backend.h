@@ -184,6 +184,21 @@ inline couplet_status fake_mix(const couplet_mix_params* p, void*, void*, couple
   return COUPLET_OK;
 }
 
+inline couplet_status fake_reorder(const couplet_reorder_params* p, void*, void*, couplet_report*) {
+  CHECK(p->dtype == COUPLET_FLOAT32, "dtype %d", p->dtype);
+  for (int32_t index = 0; index < p->run_count; ++index) {
+    const couplet_reorder_run& run = p->runs[index];
+    CHECK(run.tokens > 0 && run.tokens * run.heads <= p->most_rows, "run %d of %d tokens", index, run.tokens);
+    for (int32_t i = 0; i < run.tokens; ++i)
+      for (int32_t head = 0; head < run.heads; ++head)
+        for (int32_t channel = 0; channel < p->head_dim; ++channel)
+          static_cast<float*>(
+              run.reordered)[i * run.reordered_token_stride + head * run.reordered_head_stride + channel] =
+              static_cast<const float*>(run.rows)[i * run.token_stride + head * run.head_stride + p->order[channel]];
+  }
+  return COUPLET_OK;
+}
+
 // One row of a token as a query of this sequence reads it; false when nothing holds it.
 inline bool fake_read(const couplet_attend_params& p, const couplet_attend_sequence& sequence, int64_t query,
                       int64_t token, int32_t head, bool is_key, double* out) {
@@ -296,6 +311,10 @@ inline const couplet_backend* fake_backend() {
                    .workspace = [](const couplet_mix_params*) -> size_t { return 0; },
                    .run = fake_mix,
                    .describe = nullptr};
+    backend.reorder = {.check = [](const couplet_reorder_params*, couplet_report*) { return COUPLET_OK; },
+                       .workspace = [](const couplet_reorder_params*) -> size_t { return 0; },
+                       .run = fake_reorder,
+                       .describe = nullptr};
     return backend;
   }();
   return &fake;

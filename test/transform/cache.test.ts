@@ -7,7 +7,7 @@ import { Cache, Codebook, encodeSync } from '../../lib'
 import { codec } from '../../lib/codec'
 import { describeOn } from '../device/devices'
 import { normals } from '../onnx/graphs'
-import { randomTransforms } from './samples'
+import { ordered, randomTransforms } from './samples'
 
 const [kvHeads, queryHeads, headDim, tokens, layers] = [2, 4, 32, 24, 2]
 const eight = codec('8c5b') // 32 centroids: more than there are tokens
@@ -46,7 +46,8 @@ function ownTables(side: readonly Float32Array[]): Float32Array[] {
 
 function bookOf(transforms: Transforms): Codebook {
   const values = given.values.map((data, layer) => (transforms['value.mix'] ? mixed(data, transforms['value.mix'][layer]!) : data))
-  const tables = { keyTables: ownTables(given.keys), valueTables: ownTables(values) }
+  const keys = given.keys.map((data, layer) => (transforms['key.group'] ? ordered(data, transforms['key.group'][layer]!) : data))
+  const tables = { keyTables: ownTables(keys), valueTables: ownTables(values) }
   return Codebook.fromTables({ ...tables, keyCodec: eight, valueCodec: eight, kvHeads, headDim, transforms })
 }
 
@@ -79,6 +80,7 @@ describeOn('all', 'transforms in a cache', (device) => {
     ['a metric of keys', { 'key.metric': all['key.metric'] }],
     ['metrics', { 'key.metric': all['key.metric'], 'value.metric': all['value.metric'] }],
     ['mixed values', { 'value.mix': all['value.mix'], 'value.unmix': all['value.unmix'] }],
+    ['grouped keys', { 'key.group': all['key.group'] }],
     ['all of them', all],
   ]
   const expected = attended(cacheOf(undefined, 'cpu', { sinks: 0 }))

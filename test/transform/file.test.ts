@@ -24,8 +24,8 @@ describe('transforms of a codebook', () => {
   it('come back from a file, in float32 whatever the tables are', () => {
     for (const dtype of ['F32', 'F16'] as const) {
       const read = Codebook.fromBuffer(full.toBuffer({ dtype }))
-      assert.deepEqual(read.transforms, ['key.metric', 'value.metric', 'value.mix', 'value.unmix'])
-      assert.equal(read.metadata.formatVersion, 3)
+      assert.deepEqual(read.transforms, ['key.group', 'key.metric', 'value.metric', 'value.mix', 'value.unmix'])
+      assert.equal(read.metadata.formatVersion, 4)
       for (const name of read.transforms) for (const layer of [0, 1]) assert.deepEqual(read.transform(name, layer), transforms[name][layer])
       const [, second] = read.parts(1)
       assert.deepEqual(second!.keyMetric, transforms['key.metric'][1]!.subarray(16 * 2))
@@ -33,11 +33,12 @@ describe('transforms of a codebook', () => {
     }
   })
 
-  it('are said by version 3 alone, and a codebook without any is the file it was', () => {
+  it('are said by versions 3 and 4 alone, and a codebook without any is the file it was', () => {
     assert.equal(plain.metadata.formatVersion, 2)
     assert.deepEqual(plain.transforms, [])
     assert.deepEqual(Codebook.fromTables({ ...tables, transforms: {} }).toBuffer(), plain.toBuffer())
-    assert.match(headerOf(sound), /\\"formatVersion\\":3/)
+    assert.match(headerOf(sound), /\\"formatVersion\\":4/)
+    assert.equal(Codebook.fromTables({ ...tables, transforms: { ...transforms, 'key.group': undefined } }).metadata.formatVersion, 3)
     assert.equal(plain.transform('value.mix', 0), undefined)
     const some = Codebook.fromBuffer(Codebook.fromTables({ ...tables, transforms: { 'key.metric': transforms['key.metric'] } }).toBuffer())
     assert.deepEqual(some.transforms, ['key.metric'])
@@ -57,10 +58,11 @@ describe('transforms of a codebook', () => {
     refused(edit(',\\"value.unmix\\"]', ']'), /"value.mix" and "value.unmix" or none/)
     refused(edit('\\"value.metric\\",', '\\"key.metric\\",'), /every name once/)
     refused(edit('\\"value.metric\\",', ''), /tensors, not/)
-    refused(edit('[\\"key.metric\\"', '[7,\\"key.metric\\"'), /transforms/)
+    refused(edit('[\\"key.group\\"', '[7,\\"key.group\\"'), /transforms/)
     refused(edit('layers.0.key.metric"', 'layers.0.key.mettic"'), /no tensor "layers.0.key.metric"/)
     refused(edit('"shape":[3,16,16]', '"shape":[3,8,32]'), /has shape/)
-    refused(edit('\\"formatVersion\\":3', '\\"formatVersion\\":2'), /tensors, not/)
+    refused(edit('\\"formatVersion\\":4', '\\"formatVersion\\":2'), /tensors, not/)
+    refused(edit('\\"formatVersion\\":4', '\\"formatVersion\\":3'), /formatVersion of 4 with "key.group"/)
   })
 
   it('are refused with a NaN, and where unmixing does not undo mixing', () => {

@@ -8,7 +8,7 @@ import { Codebook, evaluate } from '../../lib'
 import { calibrate, captureActivations, learnCodebook } from '../../lib/calibrate'
 import { codec } from '../../lib/codec'
 import { DecoderModel } from '../../lib/onnx/model'
-import { mixSide } from '../../lib/transform/apply'
+import { enterSide, leaveSide } from '../../lib/transform/apply'
 import { balancedOrder, codedVariance } from '../../lib/transform/grouping'
 import { learnTransforms } from '../../lib/transform/learn'
 import { eigen, invert, product, secondMoment, squareRoot, transposed } from '../../lib/transform/matrix'
@@ -65,7 +65,7 @@ describe('learned transforms', () => {
       return Array.from({ length: headDim }, (_, c) => own.reduce((sum, value, k) => sum + value * blend[c * headDim + k]!, 0))
     }).flat())
   const [rows, gradients] = [blended(0.8), blended(0.9)]
-  const source = { rows, gradients, tokens, kvHeads, headDim, parts: [{ firstHead: 0, heads: kvHeads, codec: codec('4c4b') }] }
+  const source = { rows, gradients, tokens, kvHeads, headDim, rotary: null, parts: [{ firstHead: 0, heads: kvHeads, codec: codec('4c4b') }] }
   const shape = { tokens, kvHeads, headDim }
   const correlation = (data: Float32Array): number => {
     const moment = secondMoment({ data, first: headDim, stride: kvHeads * headDim, count: tokens, channels: headDim }, true)
@@ -82,10 +82,10 @@ describe('learned transforms', () => {
     for (const known of [gradients, undefined]) {
       const { mix, unmix, metric } = await learnTransforms({ ...source, gradients: known }, 'value', ['value.mix', 'value.metric'])
       assert.equal(metric, undefined)
-      const mixed = await mixSide({ rows, weights: known }, { mix: mix!, unmix: unmix! }, shape)
-      const back = await mixSide({ rows: mixed.rows, weights: undefined }, { mix: unmix!, unmix: mix! }, shape)
+      const mixed = await enterSide({ rows, weights: known }, { mix: mix!, unmix: unmix! }, shape)
+      const back = await leaveSide(mixed.rows, { mix: mix!, unmix: unmix! }, shape)
       assert.ok(correlation(rows) > 0.3 && correlation(mixed.rows) < 1e-3)
-      assert.ok(back.rows.every((x, i) => Math.abs(x - rows[i]!) < 1e-3))
+      assert.ok(back.every((x, i) => Math.abs(x - rows[i]!) < 1e-3))
       if (!known) continue
       // A step along a mixed row costs what the same step along the row costs.
       for (let row = 0; row < 20; row++) {

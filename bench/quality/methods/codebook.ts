@@ -7,7 +7,8 @@ import { readFileSync } from 'node:fs'
 import path from 'node:path'
 import { Codebook } from '../../../lib/codebook'
 import { meanBits } from '../../../lib/codec'
-import { mixRows } from '../../../lib/transform/apply'
+import { inverseOrder } from '../../../lib/rotary-pairs'
+import { mixRows, reorderRows } from '../../../lib/transform/apply'
 import type { Method, Quantizer } from './method'
 import { toCentroids } from './product'
 
@@ -33,6 +34,8 @@ export function codebookFile(file: string): Method & { identity: string } {
             const matrices = side === 'value' ? codebook.transform(name, layer) : undefined
             if (matrices) mixRows(data, matrices, { tokens, channels })
           }
+          const order = side === 'key' ? codebook.transform('key.group', layer) : undefined
+          if (order) reorderRows(data, order)
           mix('value.mix')
           const bitsCoded = parts[layer]!.reduce((coded, { firstHead, heads, ...part }) => {
             const own = data.subarray(firstHead * tokens * channels, (firstHead + heads) * tokens * channels)
@@ -41,6 +44,7 @@ export function codebookFile(file: string): Method & { identity: string } {
             return coded + toCentroids({ data: own, heads, tokens, channels }, tables, threads)
           }, 0)
           mix('value.unmix')
+          if (order) reorderRows(data, inverseOrder(order))
           return bitsCoded
         },
       })

@@ -22,7 +22,7 @@ export interface TriedRecipe {
 const candidates: Record<WeightKind, readonly (readonly TransformStep[])[]> = {
   uniform: [[], ['value.mix']],
   attention: [[], ['value.mix']],
-  fisher: [[], ['key.metric', 'value.metric'], ['value.mix'], ['key.metric', 'value.mix']],
+  fisher: [[], ['key.metric', 'value.metric'], ['value.mix'], ['key.metric', 'value.mix'], ['key.group', 'key.metric', 'value.mix']],
 }
 
 export interface BestOfCapture {

@@ -114,7 +114,8 @@ describe('the recipe best', function () {
     const { codebook, tried, report, tuned } = await calibrate({ ...options, recipe: 'best', tune: false })
     assert.equal(tuned, undefined)
     assert.deepEqual(tried!.map(({ weights, transforms }) => [weights, ...transforms].join(' ')),
-      ['fisher', 'fisher key.metric value.metric', 'fisher value.mix', 'fisher key.metric value.mix', 'attention', 'attention value.mix'])
+      ['fisher', 'fisher key.metric value.metric', 'fisher value.mix', 'fisher key.metric value.mix', 'fisher key.group key.metric value.mix',
+        'attention', 'attention value.mix'])
     const least = tried!.reduce((a, b) => (b.codedLoss < a.codedLoss ? b : a))
     assert.equal(codebook.metadata.learned!.weights, least.weights)
     assert.deepEqual(codebook.transforms.filter((name) => name !== 'value.unmix'), least.transforms)

@@ -15,13 +15,14 @@ import { isOrder } from './rotary-pairs'
  * `value.mix`, `value.unmix`: values are coded as v M, and attention's outputs o leave as o M', M' the inverse of M; float32
  * [kvHeads][headDim][headDim], both or none.
  */
-export type TransformName = 'key.group' | MatrixName
-export type MatrixName = 'key.metric' | 'value.metric' | 'value.mix' | 'value.unmix'
+export type TransformName = 'key.group' | 'key.metric' | 'value.metric' | 'value.mix' | 'value.unmix'
+/** Those that are tensors. */
+export type MatrixName = Exclude<TransformName, 'key.group'>
 export const transformNames: readonly TransformName[] = ['key.group', 'key.metric', 'value.metric', 'value.mix', 'value.unmix']
 export const isMatrixName = (name: TransformName): name is MatrixName => name !== 'key.group'
 
 /** Of every layer one array, its parts one after another. */
-export type Transforms = Partial<Record<MatrixName, readonly Float32Array[]>> & { readonly 'key.group'?: readonly Int32Array[] }
+export type Transforms = Partial<Record<Exclude<TransformName, 'key.group'>, readonly Float32Array[]>> & { readonly 'key.group'?: readonly Int32Array[] }
 
 /** How far a row may be from itself after mixing and unmixing, relative to its size. float32 keeps 1e-6 of well-conditioned matrices. */
 const inverseTolerance = 1e-3

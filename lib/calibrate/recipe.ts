@@ -20,8 +20,8 @@ export interface TriedRecipe {
 
 /** What can be learned with weights of a kind: a metric needs gradients. */
 const candidates: Record<WeightKind, readonly (readonly TransformStep[])[]> = {
-  uniform: [[], ['value.mix']],
-  attention: [[], ['value.mix']],
+  uniform: [[], ['value.mix'], ['key.group', 'value.mix']],
+  attention: [[], ['value.mix'], ['key.group', 'value.mix']],
   fisher: [[], ['key.metric', 'value.metric'], ['value.mix'], ['key.metric', 'value.mix'], ['key.group', 'key.metric', 'value.mix']],
 }
 

@@ -15,8 +15,9 @@ import { eigen, eigenvalues, lowerRoot, product, transposed } from '../../lib/tr
 import { pairedOrder } from '../../lib/transform/pairs'
 import { headerOf, withHeader } from '../codebook/samples'
 import { describeOn } from '../device/devices'
-import { temporaryFolder, tinyLlama } from '../onnx/files'
-import { normals } from '../onnx/graphs'
+import { ids, temporaryFolder, tinyLlama } from '../onnx/files'
+import type { DecoderShape } from '../onnx/graphs'
+import { decoder, normals } from '../onnx/graphs'
 import { ordered, randomOrder } from './samples'
 
 interface Case {
@@ -325,6 +326,26 @@ describe('grouped keys of a model', function () {
     const [grouped, plain] = [await lossWith(['key.group', 'key.metric']), await lossWith(['key.metric'])]
     assert.ok(grouped < plain + 0.01, `${grouped}, and ${plain} without groups`)
   })
+
+  const shapes: DecoderShape[] = [
+    {}, { packed: true, interleaved: true }, { rotary: 'nodes', rotaryDim: 16 }, { rotary: 'none' }, { softcap: 3, localWindow: 6, linearScaling: 4 },
+  ]
+  for (const shape of shapes) {
+    it(`are those of its rotary embedding: ${JSON.stringify(shape)}`, async () => {
+      const path = folder.save(decoder(shape))
+      using plain = await DecoderModel.load(path, { threads: 1 })
+      const { layers, headDim, rotary } = plain.shape
+      const random = normals(7)
+      const table = () => Array.from({ length: layers }, () => Float32Array.from({ length: kvHeads * headDim * four.centroids }, random))
+      const orders = Array.from({ length: layers }, () => randomOrder(headDim, rotary, random))
+      const tables = { keyTables: table(), valueTables: table(), keyCodec: four, valueCodec: four, kvHeads, headDim }
+      using codebook = Codebook.fromTables({ ...tables, transforms: { 'key.group': orders }, metadata: { rotary } })
+      using grouped = await DecoderModel.load(path, { codebook, window: 64, threads: 1 })
+      const tokens = ids(40)
+      const [expected, got] = await Promise.all([plain, grouped].map(async (model) => (await model.run([{ sequence: model.sequence(), tokens }])).logits))
+      got!.forEach((logit, i) => { assert.ok(Math.abs(logit - expected![i]!) < 1e-4, `${i}: ${logit}, ${expected![i]}`) })
+    })
+  }
 
   it('are tuned, and chosen for', async () => {
     const options = { model: tinyLlama, text: bytes.slice(0, 1536), length: 128, iterations: 3, weights: 'fisher', threads: 2 } as const

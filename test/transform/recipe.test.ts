@@ -115,7 +115,7 @@ describe('the recipe best', function () {
     assert.equal(tuned, undefined)
     assert.deepEqual(tried!.map(({ weights, transforms }) => [weights, ...transforms].join(' ')),
       ['fisher', 'fisher key.metric value.metric', 'fisher value.mix', 'fisher key.metric value.mix', 'fisher key.group key.metric value.mix',
-        'attention', 'attention value.mix'])
+        'attention', 'attention value.mix', 'attention key.group value.mix'])
     const least = tried!.reduce((a, b) => (b.codedLoss < a.codedLoss ? b : a))
     assert.equal(codebook.metadata.learned!.weights, least.weights)
     assert.deepEqual(codebook.transforms.filter((name) => name !== 'value.unmix'), least.transforms)

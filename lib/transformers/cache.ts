@@ -111,9 +111,8 @@ export class CoupledCache {
     const layers = [...new Set(names.map((name) => Number(ENTRY.exec(name)![1])))].sort((a, b) => a - b)
     const [, kvHeads = 0, , headDim = 0] = entries[names[0]!]!.dims
     codebook.check({ layers: layers.length, kvHeads, headDim })
-    const step = (['value.mix', 'key.group'] as const).find((name) => codebook.transforms.includes(name))
-    if (step)
-      throw unsupported(`this codebook ${step === 'value.mix' ? 'mixes values' : 'groups keys'} (${step}), which CoupledCache does not do; a model that couplet can rewrite does`)
+    if (codebook.transforms.includes('value.mix'))
+      throw unsupported('this codebook mixes values (value.mix), which CoupledCache does not do; a model that couplet can rewrite does')
     for (const name of names) {
       const [, number, side] = ENTRY.exec(name)!
       const layer = layers.indexOf(Number(number))
@@ -126,6 +125,7 @@ export class CoupledCache {
             : { codec: part.valueCodec, table: part.valueTable, metric: part.valueMetric }),
         })),
         rotation: isKey ? this.#rotation : undefined,
+        order: isKey ? codebook.transform('key.group', layer) : undefined,
         sinks, window, padding, threads,
       }))
       // A getter: transformers.js reads it when it feeds the graph, and nothing is decoded before.

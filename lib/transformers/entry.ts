@@ -2,6 +2,8 @@ import type { Codec } from '../codec'
 import { codesBytes, decodeSync, encodeSync, type DecodeSyncOptions } from '../codes'
 import { float32FromFloat16, float16FromFloat32 } from '../float16'
 import { throwExpected } from '../errors'
+import { inverseOrder } from '../rotary-pairs'
+import { reorderRows } from '../transform/apply'
 import type { Rotation, RowsShape } from './rotation'
 import { empty, Rows, type Elements } from './rows'
 
@@ -37,6 +39,8 @@ export interface EntryCoding {
   readonly parts: readonly EntryPart[]
   /** Of key rows that the graph hands out rotated. */
   readonly rotation: Rotation | undefined
+  /** Of channels, once they are not rotated: channel order[c] is coded at place c; undefined: as they come. */
+  readonly order: Int32Array | undefined
   readonly sinks: number
   readonly window: number
   /** Tokens of left padding of each row of the batch. */
@@ -142,17 +146,18 @@ export class CodedEntry {
   /** Codes `pages` pages of `data`, [batch][kvHeads][tokens][channels], from token `first` on, and puts their meaning in their place. */
   #encode(data: Elements, tokens: number, first: number, pages: number): void {
     const { batch, heads, channels } = this.#shape
-    const { rotation, padding } = this.#coding
+    const { rotation, order, padding } = this.#coding
     for (let row = 0; row < batch; row += 1) {
       const shape = { heads, tokens: pages * PAGE_TOKENS, channels }
       const place = { rows: data, offset: (row * heads * tokens + first) * channels, headStride: tokens * channels }
       let { headStride } = place
       let rows = data.subarray(place.offset)
-      if (rotation) {
+      if (rotation || order) {
         headStride = shape.tokens * channels
         const unrotated = new Float32Array(heads * headStride)
         copyRows(place, { rows: unrotated, offset: 0, headStride }, shape)
-        rotation.undo(unrotated, shape, first - (padding[row] ?? 0))
+        rotation?.undo(unrotated, shape, first - (padding[row] ?? 0))
+        if (order) reorderRows(unrotated, order)
         rows = unrotated
       }
       for (const part of this.#parts(row, this.#pages, pages)) {
@@ -166,7 +171,7 @@ export class CodedEntry {
   /** Writes what `pages` pages of codes stand for to their place in `data`, [batch][kvHeads][tokens][channels]. */
   #decode(data: Elements, tokens: number, row: number, page: number, pages: number): void {
     const { heads, channels } = this.#shape
-    const { rotation, padding, sinks } = this.#coding
+    const { rotation, order, padding, sinks } = this.#coding
     const first = sinks + page * PAGE_TOKENS
     const shape = { heads, tokens: pages * PAGE_TOKENS, channels }
     const place = { rows: data, offset: (row * heads * tokens + first) * channels, headStride: tokens * channels }
@@ -175,14 +180,15 @@ export class CodedEntry {
         decodeSync(codes, { ...call, headStride, out: rows.subarray(firstHead * headStride) })
       }
     }
-    if (!rotation) {
+    if (!rotation && !order) {
       decodeTo(data.subarray(place.offset), place.headStride)
       return
     }
     const headStride = shape.tokens * channels
     const rows = new Float32Array(heads * headStride)
     decodeTo(rows, headStride)
-    rotation.apply(rows, shape, first - (padding[row] ?? 0))
+    if (order) reorderRows(rows, inverseOrder(order))
+    rotation?.apply(rows, shape, first - (padding[row] ?? 0))
     copyRows({ rows, offset: 0, headStride }, place, shape)
   }
 

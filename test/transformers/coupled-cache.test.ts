@@ -6,6 +6,7 @@ import { Codebook } from '../../lib/codebook'
 import { codec } from '../../lib/codec'
 import { float32FromFloat16, float16FromFloat32 } from '../../lib/float16'
 import { CoupledCache, type CoupledCacheOptions } from '../../lib/transformers'
+import { randomOrder } from '../transform/samples'
 import { codebooks, forward, loadModel, loadTokenizer, nextPast, predictions, text, tokenRows, type Inputs, type Model } from './setup'
 
 setFlagsFromString('--expose-gc')
@@ -81,7 +82,8 @@ describe('CoupledCache', function () {
     type Entries = Record<string, Tensor>
 
     /** Rows [batch][kvHeads][tokens][headDim] that the tables can express exactly, keys rotated as a graph would do. */
-    function entries(tokens: number, { batch = 1, type = 'float32', padding = [0] } = {}): { given: Entries; exact: Map<string, Float32Array> } {
+    interface Making { batch?: number; type?: string; padding?: number[]; orders?: Int32Array[] }
+    function entries(tokens: number, { batch = 1, type = 'float32', padding = [0], orders }: Making = {}): { given: Entries; exact: Map<string, Float32Array> } {
       const given: Entries = {}
       const exact = new Map<string, Float32Array>()
       for (let layer = 0; layer < shape.layers; layer += 1) {
@@ -95,6 +97,8 @@ describe('CoupledCache', function () {
               const from = ((head * 4 + group) * coding.centroids + code) * 4
               data.set(table.subarray(from, from + 4), row * 16 + group * 4)
             }
+            const own = data.slice(row * 16, row * 16 + 16)
+            if (side === 'key') orders?.[layer]!.forEach((channel, place) => { data[row * 16 + channel] = own[place]! })
             if (side === 'key') rotate(data.subarray(row * 16, row * 16 + 16), Math.max(0, row % tokens - (padding[Math.floor(row / tokens / 2)] ?? 0)))
           }
           const name = `past_key_values.${layer * 3}.${side}`
@@ -122,6 +126,25 @@ describe('CoupledCache', function () {
       cache.update(given)
       assert.equal(cache.statistics().codedTokens, 256)
       check(cache, exact, 2e-6)
+    })
+
+    it('codes keys in the order of the codebook, and gives them back as they were', () => {
+      const orders = tables().map(() => randomOrder(16, { kind: 'half', dim: 12 }, random))
+      const grouped = Codebook.fromTables({
+        keyTables: [0, 1].map((layer) => book.keyTable(layer)), valueTables: [0, 1].map((layer) => book.valueTable(layer)), transforms: { 'key.group': orders },
+        keyCodec: coding, valueCodec: coding, kvHeads: 2, headDim: 16, metadata: { rotary: book.metadata.rotary },
+      })
+      const cache = open({ codebook: grouped })
+      const { given, exact } = entries(300, { orders })
+      cache.update(given)
+      assert.equal(cache.statistics().codedTokens, 256)
+      check(cache, exact, 2e-6)
+      assert.throws(() => {
+        const plain = open()
+        const again = entries(300, { orders })
+        plain.update(again.given)
+        check(plain, again.exact, 0.1)
+      }, /not/)
     })
 
     it('gives the same numbers from codes as in the tensor that it went on with', () => {

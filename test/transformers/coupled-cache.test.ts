@@ -83,7 +83,8 @@ describe('CoupledCache', function () {
 
     /** Rows [batch][kvHeads][tokens][headDim] that the tables can express exactly, keys rotated as a graph would do. */
     interface Making { batch?: number; type?: string; padding?: number[]; orders?: Int32Array[] }
-    function entries(tokens: number, { batch = 1, type = 'float32', padding = [0], orders }: Making = {}): { given: Entries; exact: Map<string, Float32Array> } {
+    interface Made { given: Entries; exact: Map<string, Float32Array> }
+    function entries(tokens: number, { batch = 1, type = 'float32', padding = [0], orders }: Making = {}): Made {
       const given: Entries = {}
       const exact = new Map<string, Float32Array>()
       for (let layer = 0; layer < shape.layers; layer += 1) {

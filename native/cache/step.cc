@@ -1,4 +1,4 @@
-// What a step refuses, what it waits for, and what it reports. layer.cc has the work.
+// What a step refuses, what it waits for, and what it reports. layer.h has the work.
 #include <algorithm>
 #include <cstring>
 #include <new>

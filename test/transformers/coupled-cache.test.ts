@@ -81,9 +81,10 @@ describe('CoupledCache', function () {
     const open = (options: Partial<CoupledCacheOptions> = {}) => new CoupledCache({ codebook: book, window: 8, sinks: 3, ...options })
     type Entries = Record<string, Tensor>
 
-    /** Rows [batch][kvHeads][tokens][headDim] that the tables can express exactly, keys rotated as a graph would do. */
     interface Making { batch?: number; type?: string; padding?: number[]; orders?: Int32Array[] }
     interface Made { given: Entries; exact: Map<string, Float32Array> }
+
+    /** Rows [batch][kvHeads][tokens][headDim] that the tables can express exactly, keys rotated as a graph would do. */
     function entries(tokens: number, { batch = 1, type = 'float32', padding = [0], orders }: Making = {}): Made {
       const given: Entries = {}
       const exact = new Map<string, Float32Array>()

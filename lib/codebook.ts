@@ -154,14 +154,14 @@ export class Codebook {
   }
 
   /**
-   * float32 [kvHeads][groups][centroids][groupChannels] of the key side of a layer, or that of its parts one after another; the codebook's own
-   * memory, not to be written.
+   * float32 [kvHeads][groups][centroids][groupChannels] of the key side of a layer, or that of its parts one after another: of keys in the
+   * order of `transform('key.group', layer)` where there is one. The codebook's own memory, not to be written.
    */
   keyTable(layer: number): Float32Array {
     return tableOf(this.#use().keyTables, layer)
   }
 
-  /** Likewise of the value side. */
+  /** Likewise of the value side: of values that `value.mix` has mixed. */
   valueTable(layer: number): Float32Array {
     return tableOf(this.#use().valueTables, layer)
   }

@@ -100,7 +100,8 @@ struct CodeLayout {
 };
 CodeLayout code_layout(const Codebook::Shape& shape, int32_t page_tokens);
 
-// A raw block is float32 [layers][key, value][kv_heads][tokens of the block][head_dim]; keys are as before rotary.
+// A raw block is float32 [layers][key, value][kv_heads][tokens of the block][head_dim]; keys are as before rotary,
+// in the key order of the codebook, and values as it mixes them.
 struct RawLayout {
   int32_t layers = 0, kv_heads = 0, head_dim = 0;
   int64_t side_floats(int32_t tokens) const { return static_cast<int64_t>(kv_heads) * tokens * head_dim; }

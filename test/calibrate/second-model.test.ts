@@ -7,6 +7,7 @@ import { crossEntropy, evaluate } from '../../lib/evaluate'
 import { GradientModel } from '../../lib/gradient/model'
 import { inspect } from '../../lib/inspect/inspect'
 import { DecoderModel } from '../../lib/onnx/model'
+import { pairOrder } from '../../lib/rotary-pairs'
 import { tune } from '../../lib/tune'
 import { temporaryFolder } from '../onnx/files'
 import { gemma, gemmaShape, gemmaText } from '../onnx/gemma'
@@ -47,6 +48,23 @@ describe('a second model: norms of keys, partial rotation, 4-bit matrices, softc
       losses.push(Math.abs((await evaluate({ ...settings, codebook, window: 0, sinks: 0 })).perplexity - full.perplexity))
     }
     assert.ok(losses[0]! > losses[1]! && losses[1]! > losses[2]!, losses.join(' '))
+  })
+
+  it('goes through all transforms, tuned or not, and loses nothing where nothing is coded', async () => {
+    const settings = { model: options.model, text: other, length: 96, threads: 1 }
+    const full = await evaluate(settings)
+    const lossWith = async (transforms: CalibrateOptions['transforms']) => {
+      const { codebook } = await calibrate({ ...options, weights: 'fisher', heldOut: 0, transforms: transforms! })
+      assert.ok(Math.abs((await evaluate({ ...settings, codebook, window: 96 })).perplexity / full.perplexity - 1) < 1e-4)
+      const order = codebook.transform('key.group', 0)
+      assert.ok(!order || pairOrder(order, codebook.metadata.rotary!))
+      const tuning = { length: 48, batch: 4, steps: 2, checkEvery: 1, heldOut: 4, window: 0, sinks: 0, threads: 1 }
+      const tuned = await tune({ model: options.model, codebook, text, ...tuning })
+      assert.ok(tuned.after <= tuned.before)
+      return tuned.before
+    }
+    const [plain, all] = [await lossWith([]), await lossWith(['key.group', 'key.metric', 'value.mix'])]
+    assert.ok(all < plain, `${all}, and ${plain} without`)
   })
 
   it("has one gradient: the loss of the gradient graph is the model's, and its rows are those that are captured", async () => {

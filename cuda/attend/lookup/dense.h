@@ -80,11 +80,12 @@ __device__ __forceinline__ void take_dense(const Step& step, Shared& shared) {
         for (int k = 0; k < parts; ++k) weighted[row][k] = weighted[row][k] * factor + power * values[i][k];
       }
   }
-  float* const out = left_by(shared, warp);
+  int const own = gpu::unknown(warp);  // no address waits in a register for the end of the segment
+  float* const out = left_by(shared, own);
 #pragma unroll
   for (int row = 0; row < rows; ++row) {
     for (int k = 0; k < parts; ++k) out[row * head_dim + lane + 32 * k] = weighted[row][k];
-    if (lane == 0) shared.sums[warp][row] = {maxima[row], sums[row]};
+    if (lane == 0) shared.sums[own][row] = {maxima[row], sums[row]};
   }
 }
 

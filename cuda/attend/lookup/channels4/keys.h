@@ -139,19 +139,15 @@ __device__ __forceinline__ void take_keys(const Step& step, Shared& shared, cons
   KeyLane const lane(gpu::lane_id());
   int const warp = warp_of_role();
   Pair& pair = shared.pairs[warp];
-  int unit = first_unit(shared);
-  auto const page_codes = [&](int of) { return codes_of(shared, of, shared.key_offset, step.key_by_code); };
+  int const end = end_unit(shared);
+  PageWalk walk(shared, shared.key_offset, step.key_by_code);
   KeyCodes codes[2];
-  {
-    const uint8_t* const page = page_codes(unit);
-    load_key_codes(lane, page, 0, codes[0]);
-    load_key_codes(lane, page, 1, codes[1]);
-  }
-  const uint8_t* next_page = page_codes(unit + 1);
+  for (int half = 0; half < 2; ++half) load_key_codes(lane, walk.codes(), half, codes[half]);
+  walk.advance();
   gpu::cp_async_wait<0>();
   gpu::barrier_sync(key_barrier, role_threads);  // the table is there
   bool ready = gpu::has_completed(shared.rotated[count % 2], count / 2 % 2);
-  for (; unit < end_unit(shared); ++unit, ++count) {
+  for (int unit = first_unit(shared); unit < end; ++unit, ++count) {
     if (!ready) gpu::wait(shared.rotated[count % 2], count / 2 % 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -169,11 +165,11 @@ __device__ __forceinline__ void take_keys(const Step& step, Shared& shared, cons
          ...);
       }
       (std::make_integer_sequence<int, tiles>());
-      load_key_codes(lane, next_page, half, codes[half]);
+      load_key_codes(lane, walk.codes(), half, codes[half]);
       if (half == 0) {
         if (!ready) gpu::wait(pair.taken, (count & 1) ^ 1);
       } else {
-        next_page = page_codes(unit + 2);
+        walk.advance();
         ready = gpu::has_completed(shared.rotated[(count + 1) % 2], (count + 1) / 2 % 2);
       }
       shared.logits[warp][half][lane.g * 4 + lane.t] = {logits[0], logits[1], logits[2], logits[3]};

@@ -84,9 +84,8 @@ __device__ __forceinline__ void load_query(const Step& step, Shared& shared) {
 }
 
 // The angles by which the query is rotated for keys of a unit: its distance in blocks, below 4096 (see select).
-__device__ __forceinline__ float4 load_step(const Step& step, const Shared& shared, QueryThread own, int unit) {
-  if (!step.angles.pairs || unit >= end_unit(shared)) return {1, 0, 1, 0};
-  return two_angles(step.angles.steps, shared.segment.position / unit_tokens - unit, own.pair());
+__device__ __forceinline__ float4 step_angles(const Step& step, QueryThread own, int distance) {
+  return step.angles.pairs ? two_angles(step.angles.steps, distance, own.pair()) : float4{1, 0, 1, 0};
 }
 
 // The angles between two sets of query operands.
@@ -200,7 +199,7 @@ __device__ __forceinline__ void add_unit(const Shared& shared, const ValueLane& 
 
 // Comes with a barrier of the value warps, behind which no logits and queries are read.
 __device__ __forceinline__ void leave_progress(const ValueLane& lane, Progress& progress, Shared& shared) {
-  int const warp = warp_of_role();
+  int const warp = gpu::unknown(warp_of_role());  // no address waits in a register for the end of the segment
   for (int offset : {1, 2, 16}) progress.sum += __shfl_xor_sync(~0u, progress.sum, offset);
   if (lane.t == 0 && lane.g < rows) shared.sums[warp][lane.g] = {progress.maximum, progress.sum};
   gpu::barrier_sync(value_barrier, role_threads);
@@ -220,24 +219,24 @@ __device__ __forceinline__ void take_values(const Step& step, Shared& shared, un
   int const warp = warp_of_role();
   Pair& pair = shared.pairs[warp];
   ValueLane const lane(gpu::lane_id());
-  int unit = first_unit(shared);
-  auto const page_codes = [&](int of) { return codes_of(shared, of, shared.value_offset, step.value_by_code); };
+  int const first = first_unit(shared);
+  int const end = end_unit(shared);
+  Interval const seen = shared.segment.seen.codes;
+  PageWalk walk(shared, shared.value_offset, step.value_by_code);
   ValueCodes codes[2];
-  {
-    const uint8_t* const page = page_codes(unit);
-    load_value_codes(lane, page, 0, codes[0]);
-    load_value_codes(lane, page, 1, codes[1]);
-  }
+  for (int half = 0; half < 2; ++half) load_value_codes(lane, walk.codes(), half, codes[half]);
+  walk.advance();
   QueryThread const own{gpu::unknown(thread_of_role())};
   float4 const back = load_back(step, own);
-  write_query(shared, own, load_step(step, shared, own, unit), back, count);
-  if (unit + 1 < end_unit(shared)) write_query(shared, own, load_step(step, shared, own, unit + 1), back, count + 1);
-  float4 angles = load_step(step, shared, own, unit + 2);
-  const uint8_t* next_page = page_codes(unit + 1);
+  int const distance = shared.segment.position / unit_tokens;
+  auto const load_step = [&](int unit) { return step_angles(step, own, unit < end ? distance - unit : 0); };
+  write_query(shared, own, load_step(first), back, count);
+  if (first + 1 < end) write_query(shared, own, load_step(first + 1), back, count + 1);
+  float4 angles = load_step(first + 2);
   gpu::cp_async_wait<0>();
   gpu::barrier_sync(value_barrier, role_threads);  // the table is there
   Progress progress;
-  for (; unit < end_unit(shared); ++unit, ++count) {
+  for (int unit = first; unit < end; ++unit, ++count) {
     gpu::wait(pair.written, count & 1);
     float logits[2][tiles];
 #pragma unroll
@@ -250,16 +249,15 @@ __device__ __forceinline__ void take_values(const Step& step, Shared& shared, un
     }
     __syncwarp();
     if (gpu::lane_id() == 0) gpu::arrive(pair.taken);
-    if (unit + 2 < end_unit(shared)) {
+    if (unit + 2 < end) {
       write_query(shared, own, angles, back, count + 2);
-      angles = load_step(step, shared, own, unit + 3);
+      angles = load_step(unit + 3);
     }
     if constexpr (Softcap)
 #pragma unroll
       for (auto& half : logits)
 #pragma unroll
         for (float& logit : half) logit = capped(step, logit);
-    Interval const seen = shared.segment.seen.codes;
     int const page_begin = unit * unit_tokens + warp * page_tokens;
     if (page_begin < seen.begin || page_begin + page_tokens > seen.end)
 #pragma unroll
@@ -281,9 +279,9 @@ __device__ __forceinline__ void take_values(const Step& step, Shared& shared, un
         add_unit<2>(shared, lane, codes[half], tile, powers, progress);
         add_unit<3>(shared, lane, codes[half], tile, powers, progress);
       }
-      load_value_codes(lane, next_page, half, codes[half]);
+      load_value_codes(lane, walk.codes(), half, codes[half]);
     }
-    next_page = page_codes(unit + 2);
+    walk.advance();
   }
   leave_progress(lane, progress, shared);
 }

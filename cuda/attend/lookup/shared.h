@@ -61,11 +61,28 @@ __device__ __forceinline__ int end_unit(const Block& block) {
   return blocks_of(block.segment.seen.codes.end, unit_tokens);
 }
 
-// This warp's page of a unit; NULL where the segment has no token of it.
-__device__ __forceinline__ const uint8_t* page_of(const Block& block, int unit) {
-  Interval const codes = block.segment.seen.codes;
-  int const begin = unit * unit_tokens + warp_of_role() * page_tokens;
-  return begin < codes.end && begin + page_tokens > codes.begin ? block.page_table[begin / page_tokens] : nullptr;
-}
+// This warp's pages of a segment, one of each unit.
+class PageWalk {
+ public:
+  __device__ __forceinline__ explicit PageWalk(const Block& block)
+      : entry_(block.page_table + first_unit(block) * pages + warp_of_role()) {
+    Interval const codes = block.segment.seen.codes;
+    left_ = blocks_of(codes.end - warp_of_role() * page_tokens, unit_tokens) - first_unit(block);
+    bool const begun = first_unit(block) * unit_tokens + (warp_of_role() + 1) * page_tokens > codes.begin;
+    page_ = begun && left_ > 0 ? *entry_ : nullptr;
+  }
+  // NULL where the segment has no token of it.
+  __device__ __forceinline__ const uint8_t* page() const { return page_; }
+  // Asks for the next page, for which page() then waits.
+  __device__ __forceinline__ void advance() {
+    entry_ += pages;
+    page_ = --left_ > 0 ? *entry_ : nullptr;
+  }
+
+ private:
+  int left_;  // units that have a page for this warp
+  const uint8_t* const* entry_;
+  const uint8_t* page_;
+};
 
 }  // namespace couplet::cuda::attend::lookup

@@ -139,15 +139,17 @@ __device__ __forceinline__ void take_keys(const Step& step, Shared& shared, cons
   KeyLane const lane(gpu::lane_id());
   int const warp = warp_of_role();
   Pair& pair = shared.pairs[warp];
-  int const end = end_unit(shared);
-  PageWalk walk(shared, shared.key_offset, step.key_by_code);
+  int left = end_unit(shared) - first_unit(shared);
+  PageWalk walk(shared);
+  int64_t const offset = shared.key_offset;
+  auto const page_codes = [&] { return codes_of(walk.page(), offset, step.key_by_code); };
   KeyCodes codes[2];
-  for (int half = 0; half < 2; ++half) load_key_codes(lane, walk.codes(), half, codes[half]);
+  for (int half = 0; half < 2; ++half) load_key_codes(lane, page_codes(), half, codes[half]);
   walk.advance();
   gpu::cp_async_wait<0>();
   gpu::barrier_sync(key_barrier, role_threads);  // the table is there
   bool ready = gpu::has_completed(shared.rotated[count % 2], count / 2 % 2);
-  for (int unit = first_unit(shared); unit < end; ++unit, ++count) {
+  for (; left > 0; --left, ++count) {
     if (!ready) gpu::wait(shared.rotated[count % 2], count / 2 % 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -165,7 +167,7 @@ __device__ __forceinline__ void take_keys(const Step& step, Shared& shared, cons
          ...);
       }
       (std::make_integer_sequence<int, tiles>());
-      load_key_codes(lane, walk.codes(), half, codes[half]);
+      load_key_codes(lane, page_codes(), half, codes[half]);
       if (half == 0) {
         if (!ready) gpu::wait(pair.taken, (count & 1) ^ 1);
       } else {

@@ -79,33 +79,9 @@ struct Lane {
   __device__ __forceinline__ int token() const { return (2 * t + !first) * tiles; }  // of tile 0, in a half
 };
 
-// This warp's pages of a segment, one of each unit. A page that is not there reads some of the table: its logits are not seen.
-class PageWalk {
- public:
-  __device__ __forceinline__ PageWalk(const Shared& shared, int64_t offset, const void* nowhere)
-      : unit_(first_unit(shared)),
-        end_(blocks_of(shared.segment.seen.codes.end - warp_of_role() * page_tokens, unit_tokens)),
-        entry_(shared.page_table + unit_ * pages + warp_of_role()),
-        offset_(offset),
-        nowhere_(static_cast<const uint8_t*>(nowhere)) {
-    bool const begun = unit_ * unit_tokens + (warp_of_role() + 1) * page_tokens > shared.segment.seen.codes.begin;
-    page_ = begun && unit_ < end_ ? *entry_ : nullptr;
-  }
-  // The codes, of the segment's kv head.
-  __device__ __forceinline__ const uint8_t* codes() const { return page_ ? page_ + offset_ : nowhere_; }
-  // Asks for the next page; codes() waits for it.
-  __device__ __forceinline__ void advance() {
-    entry_ += pages;
-    page_ = ++unit_ < end_ ? *entry_ : nullptr;
-  }
-
- private:
-  int unit_;
-  int end_;  // of the units that have a page for this warp
-  const uint8_t* const* entry_;
-  int64_t offset_;  // bytes into a page
-  const uint8_t* nowhere_;
-  const uint8_t* page_;
-};
+// The codes of a page, of the segment's kv head. A page that is not there reads some of the table: its logits are not seen.
+__device__ __forceinline__ const uint8_t* codes_of(const uint8_t* page, int64_t offset, const void* nowhere) {
+  return page ? page + offset : static_cast<const uint8_t*>(nowhere);
+}
 
 }  // namespace couplet::cuda::attend::lookup::channels4

@@ -222,9 +222,11 @@ __device__ __forceinline__ void take_values(const Step& step, Shared& shared, un
   int const first = first_unit(shared);
   int const end = end_unit(shared);
   Interval const seen = shared.segment.seen.codes;
-  PageWalk walk(shared, shared.value_offset, step.value_by_code);
+  PageWalk walk(shared);
+  int64_t const offset = shared.value_offset;
+  auto const page_codes = [&] { return codes_of(walk.page(), offset, step.value_by_code); };
   ValueCodes codes[2];
-  for (int half = 0; half < 2; ++half) load_value_codes(lane, walk.codes(), half, codes[half]);
+  for (int half = 0; half < 2; ++half) load_value_codes(lane, page_codes(), half, codes[half]);
   walk.advance();
   QueryThread const own{gpu::unknown(thread_of_role())};
   float4 const back = load_back(step, own);
@@ -279,7 +281,7 @@ __device__ __forceinline__ void take_values(const Step& step, Shared& shared, un
         add_unit<2>(shared, lane, codes[half], tile, powers, progress);
         add_unit<3>(shared, lane, codes[half], tile, powers, progress);
       }
-      load_value_codes(lane, walk.codes(), half, codes[half]);
+      load_value_codes(lane, page_codes(), half, codes[half]);
     }
     walk.advance();
   }

@@ -128,15 +128,16 @@ __device__ __forceinline__ void write_logits(Pair& pair, int half, const float (
 __device__ __forceinline__ void take_keys(const Step& step, Shared& shared, const KeyAngles& angles, unsigned& count) {
   KeyLane const lane(gpu::fresh_lane_id());
   Pair& pair = shared.pairs[warp_of_role()];
-  int unit = first_unit(shared);
-  fetch_codes(pair.key_codes, page_of(shared, unit), shared.key_offset, step.key_by_code);
-  const uint8_t* next_page = unit + 1 < end_unit(shared) ? page_of(shared, unit + 1) : nullptr;
+  int left = end_unit(shared) - first_unit(shared);
+  PageWalk walk(shared);
+  fetch_codes(pair.key_codes, walk.page(), shared.key_offset, step.key_by_code);
+  walk.advance();
   gpu::cp_async_wait<0>();
   gpu::barrier_sync(key_barrier, role_threads);  // the table is there
   uint32_t codes[4];
   load_key_codes(pair, 0, codes);
   bool ready = gpu::has_completed(shared.rotated[count % 2], count / 2 % 2);
-  for (; unit < end_unit(shared); ++unit, ++count) {
+  for (; left > 0; --left, ++count) {
     if (!ready) gpu::wait(shared.rotated[count % 2], count / 2 % 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -148,9 +149,9 @@ __device__ __forceinline__ void take_keys(const Step& step, Shared& shared, cons
       if (half == 0) {
         load_key_codes(pair, 1, codes);
         __syncwarp();  // the page's codes are in registers
-        if (unit + 1 < end_unit(shared)) {
-          fetch_codes(pair.key_codes, next_page, shared.key_offset, step.key_by_code);
-          next_page = unit + 2 < end_unit(shared) ? page_of(shared, unit + 2) : nullptr;
+        if (left > 1) {
+          fetch_codes(pair.key_codes, walk.page(), shared.key_offset, step.key_by_code);
+          walk.advance();
         }
         if (!ready) gpu::wait(pair.taken, (count & 1) ^ 1);
       } else {

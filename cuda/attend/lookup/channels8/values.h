@@ -62,22 +62,27 @@ __device__ __forceinline__ void load_query(const Step& step, Shared& shared) {
 }
 
 // The angle by which the query is rotated for keys of a unit: its distance in blocks, below 4096 (see select).
-__device__ __forceinline__ float2 load_step(const Step& step, const Shared& shared, int unit) {
-  if (!step.angles.pairs || unit >= end_unit(shared)) return {1, 0};
-  return step.angles.steps[(shared.segment.position / unit_tokens - unit) * pairs + query_pair()];
+__device__ __forceinline__ float2 step_angle(const Step& step, int distance) {
+  return step.angles.pairs ? step.angles.steps[distance * pairs + query_pair()] : float2{1, 0};
+}
+
+// The angle between the two halves of a page's queries.
+__device__ __forceinline__ float2 load_back(const Step& step) {
+  if (!step.angles.pairs) return {1, 0};
+  float2 const by_four = step.angles.offsets[4 * pairs + query_pair()];
+  return {by_four.x, -by_four.y};
 }
 
 // Comes with this warp's arrival at the barrier of the page's queries.
-__device__ __forceinline__ void write_query(const Step& step, Shared& shared, float2 angle, unsigned page) {
+__device__ __forceinline__ void write_query(Shared& shared, float2 angle, float2 back, unsigned page) {
   float2 turned = add_angles(shared.query[thread_of_role()], angle);
-  float2 const by_four = step.angles.pairs ? step.angles.offsets[4 * pairs + query_pair()] : float2{1, 0};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     __half* const to =
         shared.queries[page % query_buffers][half] + query_row() * head_dim + (query_pair() ^ query_row() % 2 * 32);
     to[0] = __float2half_rn(turned.x);
     to[pairs] = __float2half_rn(turned.y);
-    turned = add_angles(turned, {by_four.x, -by_four.y});
+    turned = add_angles(turned, back);
   }
   __syncwarp();
   if (gpu::lane_id() == 0) gpu::arrive(shared.rotated[page % 2]);
@@ -220,32 +225,37 @@ __device__ __forceinline__ void leave_progress(const ValueLane& lane, Progress& 
 template <bool Softcap>
 __device__ __forceinline__ void take_values(const Step& step, Shared& shared, unsigned& count) {
   Pair& pair = shared.pairs[warp_of_role()];
-  int unit = first_unit(shared);
-  fetch_codes(pair.value_codes, page_of(shared, unit), shared.value_offset, step.value_by_code);
-  write_query(step, shared, load_step(step, shared, unit), count);
-  if (unit + 1 < end_unit(shared)) write_query(step, shared, load_step(step, shared, unit + 1), count + 1);
-  float2 angle = load_step(step, shared, unit + 2);
-  const uint8_t* next_page = unit + 1 < end_unit(shared) ? page_of(shared, unit + 1) : nullptr;
+  int const begin = first_unit(shared);
+  int const end = end_unit(shared);
+  Interval const seen = shared.segment.seen.codes;
+  PageWalk walk(shared);
+  fetch_codes(pair.value_codes, walk.page(), shared.value_offset, step.value_by_code);
+  walk.advance();
+  int const distance = shared.segment.position / unit_tokens;
+  auto const load_step = [&](int unit) { return step_angle(step, unit < end ? distance - unit : 0); };
+  float2 const back = load_back(step);
+  write_query(shared, load_step(begin), back, count);
+  if (begin + 1 < end) write_query(shared, load_step(begin + 1), back, count + 1);
+  float2 angle = load_step(begin + 2);
   gpu::cp_async_wait<0>();
   gpu::barrier_sync(value_barrier, role_threads);  // the table is there
   ValueLane const lane(gpu::lane_id());
   Progress progress;
   uint32_t codes[2][4];
   load_value_codes(pair, lane, codes);
-  for (; unit < end_unit(shared); ++unit, ++count) {
+  for (int unit = begin; unit < end; ++unit, ++count) {
     gpu::wait(pair.written, count & 1);
     float logits[8];
     load_logits(pair, lane, logits);
     __syncwarp();  // and the codes are in registers
     if (gpu::lane_id() == 0) gpu::arrive(pair.taken);
-    if (unit + 1 < end_unit(shared)) {
-      fetch_codes(pair.value_codes, next_page, shared.value_offset, step.value_by_code);
-      next_page = unit + 2 < end_unit(shared) ? page_of(shared, unit + 2) : nullptr;
+    if (unit + 1 < end) {
+      fetch_codes(pair.value_codes, walk.page(), shared.value_offset, step.value_by_code);
+      walk.advance();
     }
     if constexpr (Softcap)
 #pragma unroll
       for (float& logit : logits) logit = capped(step, logit);
-    Interval const seen = shared.segment.seen.codes;
     int const page_begin = unit * unit_tokens + warp_of_role() * page_tokens;
     if (page_begin < seen.begin || page_begin + page_tokens > seen.end) {
       int const first = page_begin + static_cast<int>(8 * lane.t + 32 * (lane.g >> 2));
@@ -258,9 +268,9 @@ __device__ __forceinline__ void take_values(const Step& step, Shared& shared, un
     take_powers(lane, logits, progress, weights);
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
-      if (b == 2 && unit + 2 < end_unit(shared)) {
-        write_query(step, shared, angle, count + 2);
-        angle = load_step(step, shared, unit + 3);
+      if (b == 2 && unit + 2 < end) {
+        write_query(shared, angle, back, count + 2);
+        angle = load_step(unit + 3);
       }
       add_values(shared, lane, codes, b, weights[b], progress);
     }

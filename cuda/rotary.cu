@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "../native/common/check.h"
@@ -39,11 +41,9 @@ Linear linear_of(int64_t positions, const std::vector<double>& frequencies, std:
 
 std::vector<double> frequencies_of(const couplet_rotary_params& params) {
   std::vector<double> frequencies;
-  for (int32_t i = 0; i < params.rotary_dim / 2; ++i) {
-    int32_t const pair = rotary_pair(params, i);
-    frequencies.push_back(params.cos ? rotary_frequency(params, pair)
-                                     : std::pow(params.theta, -2.0 * pair / params.rotary_dim));
-  }
+  for (int32_t i = 0; i < params.rotary_dim / 2; ++i)
+    frequencies.push_back(params.cos ? rotary_frequency(params, i)
+                                     : std::pow(params.theta, -2.0 * i / params.rotary_dim));
   return frequencies;
 }
 
@@ -53,9 +53,7 @@ std::vector<float> amplitudes_of(const couplet_rotary_params& params) {
   if (!params.cos) return std::vector<float>(static_cast<size_t>(pairs), 1.0f);
   for (int32_t i = 0; i < pairs; ++i)
     if (!(params.cos[i] > 0) || params.sin[i] != 0) return {};
-  std::vector<float> amplitudes;
-  for (int32_t i = 0; i < pairs; ++i) amplitudes.push_back(params.cos[rotary_pair(params, i)]);
-  return amplitudes;
+  return {params.cos, params.cos + pairs};
 }
 
 bool is_linear(const couplet_rotary_params& params, const Linear& linear, const std::vector<double>& frequencies) {
@@ -69,8 +67,7 @@ bool is_linear(const couplet_rotary_params& params, const Linear& linear, const 
         angle = {angle.x * more.x - angle.y * more.y, angle.y * more.x + angle.x * more.y};
       double const amplitude = linear.amplitudes[i];
       double const tolerance = rotary_tolerance(amplitude, frequencies[i], t);
-      size_t const at =
-          static_cast<size_t>(t) * pairs + static_cast<size_t>(rotary_pair(params, static_cast<int32_t>(i)));
+      size_t const at = static_cast<size_t>(t) * pairs + i;
       if (std::fabs(amplitude * angle.x - params.cos[at]) > tolerance) return false;
       if (std::fabs(amplitude * angle.y - params.sin[at]) > tolerance) return false;
     }
@@ -125,14 +122,9 @@ cudaError_t keep_linear(Rotary* rotary, const Linear& linear) {
 }
 
 cudaError_t keep_given(Rotary* rotary, const couplet_rotary_params& params) {
-  int32_t const pairs = params.rotary_dim / 2;
-  std::vector<float2> rows;
-  rows.reserve(static_cast<size_t>(params.positions) * static_cast<size_t>(pairs));
-  for (int64_t row = 0; row < params.positions; ++row)
-    for (int32_t i = 0; i < pairs; ++i) {
-      int64_t const at = row * pairs + rotary_pair(params, i);
-      rows.push_back({params.cos[at], params.sin[at]});
-    }
+  auto const count = static_cast<size_t>(params.positions) * static_cast<size_t>(params.rotary_dim / 2);
+  std::vector<float2> rows(count);
+  for (size_t entry = 0; entry < count; ++entry) rows[entry] = {params.cos[entry], params.sin[entry]};
   size_t total = 0;
   Part const part = part_of(rows, &total);
   cudaError_t const error = upload(rotary, total, part);
@@ -188,10 +180,75 @@ couplet_status create(const couplet_rotary_params* params, couplet_rotary** out,
   return COUPLET_OK;
 }
 
+// Columns of what lies at `place`, rows of `pairs` elements each, in another order; on the host.
+template <class T>
+void reorder_columns(const Rotary& rotary, const T* place, int64_t rows, const int32_t* order,
+                     const std::vector<char>& from, std::vector<char>* to) {
+  if (!place) return;
+  int64_t const pairs = rotary.angles.pairs;
+  size_t const offset =
+      static_cast<size_t>(reinterpret_cast<const char*>(place) - static_cast<const char*>(rotary.memory));
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < pairs; ++i)
+      std::memcpy(to->data() + offset + static_cast<size_t>(row * pairs + i) * sizeof(T),
+                  from.data() + offset + static_cast<size_t>(row * pairs + order[i]) * sizeof(T), sizeof(T));
+}
+
+cudaError_t fill_reordered(const Rotary& from, const int32_t* order, Rotary* rotary) {
+  size_t const total = from.bytes - sizeof(Rotary);
+  std::vector<char> given(total), moved(total);
+  if (cudaError_t const error = cudaMemcpy(given.data(), from.memory, total, cudaMemcpyDeviceToHost)) return error;
+  const Angles& angles = from.angles;
+  int64_t const blocks = (int64_t{from.positions} + rotary_block - 1) / rotary_block;
+  reorder_columns(from, angles.offsets, rotary_block, order, given, &moved);
+  reorder_columns(from, angles.steps, std::min<int64_t>(blocks, rotary_blocks), order, given, &moved);
+  reorder_columns(from, angles.wides, (blocks + rotary_blocks - 1) / rotary_blocks, order, given, &moved);
+  reorder_columns(from, angles.amplitudes, 1, order, given, &moved);
+  reorder_columns(from, angles.rows, from.positions, order, given, &moved);
+  if (cudaError_t const error = cudaMalloc(&rotary->memory, total)) return error;
+  auto const rebased = [&](const auto*& place) {
+    using Element = std::remove_reference_t<decltype(*place)>;
+    if (place)
+      place = reinterpret_cast<Element*>(static_cast<char*>(rotary->memory) + (reinterpret_cast<const char*>(place) -
+                                                                               static_cast<const char*>(from.memory)));
+  };
+  rebased(rotary->angles.offsets);
+  rebased(rotary->angles.steps);
+  rebased(rotary->angles.wides);
+  rebased(rotary->angles.amplitudes);
+  rebased(rotary->angles.rows);
+  return cudaMemcpy(rotary->memory, moved.data(), total, cudaMemcpyHostToDevice);
+}
+
+couplet_status reorder(const couplet_rotary* handle, const int32_t* order, couplet_rotary** out,
+                       couplet_report* report) {
+  if (!handle || !out)
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected a rotary embedding and a place but received NULL");
+  *out = nullptr;
+  const Rotary& from = *rotary_of(handle);
+  if (couplet_status const status = check_pair_order(order, from.angles.pairs, report)) return status;
+  auto* const rotary = new (std::nothrow) Rotary(from);
+  if (!rotary) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for rotary angles");
+  rotary->memory = nullptr;
+  cudaError_t error = cudaErrorMemoryAllocation;
+  try {
+    error = fill_reordered(from, order, rotary);
+  } catch (const std::bad_alloc&) {
+  }
+  auto* const made = reinterpret_cast<couplet_rotary*>(rotary);
+  if (error) {
+    destroy(made);
+    return status_of(error, report, "making rotary angles");
+  }
+  *out = made;
+  return COUPLET_OK;
+}
+
 size_t bytes(const couplet_rotary* rotary) { return rotary ? rotary_of(rotary)->bytes : 0; }
 
 }  // namespace
 
-const couplet_rotary_entries rotary_entries = {.create = create, .destroy = destroy, .bytes = bytes};
+const couplet_rotary_entries rotary_entries = {
+    .create = create, .reorder = reorder, .destroy = destroy, .bytes = bytes};
 
 }  // namespace couplet::cuda

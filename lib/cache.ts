@@ -12,7 +12,8 @@ import { isDeviceMemory, placeOf } from './device'
 import { CoupletError, describe, rangeError, throwExpected, typeError } from './errors'
 import { addon } from './native/addon'
 import type {
-  NativeAttendArguments, NativeCache, NativeCodebook, NativeCodebookArguments, NativeLayerOptions, NativeRotary, NativeRows, NativeSequence, NativeStep,
+  NativeAttendArguments, NativeCache, NativeCodebook, NativeCodebookArguments, NativeLayerOptions, NativeOrderedRotary, NativeRotary,
+  NativeRows, NativeSequence, NativeStep,
 } from './native/cache'
 import type { NativeDevice } from './native/device'
 import { abortable, refusePromiseOptions } from './native/call'
@@ -579,15 +580,22 @@ function nativeLayers(
   given: LayerOptions | readonly LayerOptions[] = {},
   layers: number,
   { queryHeads, headDim, rotary, codebook }: AttentionShape,
-): { layers: NativeLayerOptions[]; rotaries: NativeRotary[] } {
-  // Layers with the same object, and keys in the same order, share its angles.
-  const rotaries: { option: RotaryOption; pairs: string; native: NativeRotary }[] = []
-  const indexOf = (option: RotaryOption | undefined, order?: Int32Array): number | undefined => {
+): { layers: NativeLayerOptions[]; rotaries: (NativeRotary | NativeOrderedRotary)[] } {
+  const rotaries: (NativeRotary | NativeOrderedRotary)[] = []
+  // Layers with the same object share its angles, and those with keys in the same order what was made of them.
+  const [own, ordered] = [new Map<RotaryOption, number>(), new Map<string, number>()]
+  const indexOf = (option: RotaryOption | undefined): number | undefined => {
     if (option === undefined || option === null) return undefined
-    const native = nativeRotary(option, headDim)
-    const pairs = order && orderedPairs(order, native)
-    const known = rotaries.findIndex((one) => one.option === option && one.pairs === String(pairs))
-    return known >= 0 ? known : rotaries.push({ option, pairs: String(pairs), native: { ...native, order: pairs } }) - 1
+    if (!own.has(option)) own.set(option, rotaries.push(nativeRotary(option, headDim)) - 1)
+    return own.get(option)
+  }
+  const orderedIndexOf = (option: RotaryOption | undefined, order: Int32Array): number | undefined => {
+    const of = indexOf(option)
+    const pairs = of === undefined ? undefined : orderedPairs(order, rotaries[of] as NativeRotary)
+    if (of === undefined || pairs === undefined) return of
+    const name = `${of} ${String(pairs)}`
+    if (!ordered.has(name)) ordered.set(name, rotaries.push({ of, order: pairs }) - 1)
+    return ordered.get(name)
   }
   const options = Array.isArray(given) ? (given as readonly LayerOptions[]) : Array.from({ length: layers }, () => given as LayerOptions)
   if (options.length !== layers) throw rangeError(`Expected ${layers} entries for \`layerOptions\` but received ${options.length}`)
@@ -598,11 +606,11 @@ function nativeLayers(
     if (softcap !== undefined && softcap !== 0) requirePositive(softcap, 'softcap')
     if (localWindow !== undefined) requireInteger(localWindow, 'localWindow', 0)
     if (headSinks !== undefined) requireElements(headSinks, 'headSinks', queryHeads, `${queryHeads} queryHeads`)
-    const own = layer.rotary === undefined ? rotary : layer.rotary
+    const angles = layer.rotary === undefined ? rotary : layer.rotary
     const order = codebook && index < codebook.layers ? codebook.transform('key.group', index) : undefined
-    return { scale, softcap, localWindow, headSinks, rotary: indexOf(own), orderedRotary: order && indexOf(own, order) }
+    return { scale, softcap, localWindow, headSinks, rotary: indexOf(angles), orderedRotary: order && orderedIndexOf(angles, order) }
   })
-  return { layers: entries, rotaries: rotaries.map(({ native }) => native) }
+  return { layers: entries, rotaries }
 }
 
 /** In which order angles meet keys that stand in another one; undefined: their own. */

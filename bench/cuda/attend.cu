@@ -246,8 +246,8 @@ void attend(const Case& what, Meter& meter, Report& report) {
   Tables const keys(what.codec, what.kv_heads, what.head_dim, 4);
   Tables const values(what.codec, what.kv_heads, what.head_dim, 5);
   couplet_report failure{};
-  couplet_rotary_params const rotary_params{nullptr,       nullptr,      theta,         COUPLET_ROTARY_HALF,
-                                            what.head_dim, what.context, what.head_dim, nullptr};
+  couplet_rotary_params const rotary_params{nullptr,       nullptr,      theta,        COUPLET_ROTARY_HALF,
+                                            what.head_dim, what.context, what.head_dim};
   couplet_rotary* handle = nullptr;
   must(cuda::rotary_entries.create(&rotary_params, &handle, &failure), failure);
   std::unique_ptr<couplet_rotary, FreeOnDevice> const rotary(handle);

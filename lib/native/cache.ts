@@ -44,8 +44,12 @@ export interface NativeRotary {
   theta?: number | undefined
   cos?: Float32Array | undefined
   sin?: Float32Array | undefined
-  /** [dim / 2]: pair i has the angles of pair order[i]. */
-  order?: Int32Array | undefined
+}
+
+/** couplet_rotary_entries.reorder of an entry before it in the list: pair i has the angles of pair order[i]. */
+export interface NativeOrderedRotary {
+  of: number
+  order: Int32Array
 }
 
 /** couplet::AttendOptions; `rotary` and `orderedRotary` are indices into the list of rotaries. */
@@ -63,7 +67,7 @@ export interface NativeLayerOptions {
 export interface NativeCacheArguments extends NativeDevice {
   codebook?: NativeCodebook | undefined
   layers: NativeLayerOptions[]
-  rotaries: NativeRotary[]
+  rotaries: (NativeRotary | NativeOrderedRotary)[]
   config: {
     layers: number
     queryHeads: number

@@ -39,6 +39,10 @@ typedef struct couplet_table_entries {
 
 typedef struct couplet_rotary_entries {
   couplet_status (*create)(const couplet_rotary_params* params, couplet_rotary** rotary, couplet_report* report);
+  /* The same angles for rows whose pairs stand in another order: pair i of a row has those of pair order[i]. order: the host's,
+     [rotary_dim / 2], every pair once. `from` may go before what was made of it. */
+  couplet_status (*reorder)(const couplet_rotary* from, const int32_t* order, couplet_rotary** rotary,
+                            couplet_report* report);
   void (*destroy)(couplet_rotary* rotary); /* NULL is allowed */
   size_t (*bytes)(const couplet_rotary* rotary);
 } couplet_rotary_entries;

@@ -42,9 +42,6 @@ typedef struct couplet_rotary_params {
   int32_t rotary_dim; /* even, 2 to head_dim */
   int32_t positions;  /* first position that may not be asked for; rows of cos and sin */
   int32_t head_dim;
-  /* For rows whose pairs stand in another order (key.group): pair i of a row has the angles of pair order[i]. [rotary_dim / 2], every
-     pair once, the host's; or NULL: their own. */
-  const int32_t* order;
 } couplet_rotary_params;
 
 /* ---- kmeans ---------------------------------------------------------------------------------------------------- */

@@ -20,22 +20,32 @@ LayerOptions::LayerOptions(Device device, const CacheConfig& config, const Napi:
   Options const options(object);
   try {
     Napi::Array const rotaries = options.list("rotaries");
-    std::vector<int32_t> positions;
+    std::vector<int32_t> positions, pairs;
     for (uint32_t i = 0; i < rotaries.Length(); ++i) {
       Options const given(rotaries.Get(i), "rotary");
+      couplet_report report{};
+      if (given.has("of")) {
+        auto const of = static_cast<size_t>(given.integer("of", 0, static_cast<int32_t>(i) - 1));
+        View<int32_t> const order = given.array<int32_t>("order", static_cast<size_t>(pairs[of]));
+        positions.push_back(positions[of]);
+        pairs.push_back(pairs[of]);
+        rotaries_.push_back(nullptr);
+        throw_unless_ok(object.Env(),
+                        device.backend->rotary.reorder(rotaries_[of], order.data, &rotaries_.back(), &report), report);
+        continue;
+      }
       couplet_rotary_params params = {};
       params.kind = given.string("kind") == "interleaved" ? COUPLET_ROTARY_INTERLEAVED : COUPLET_ROTARY_HALF;
       params.rotary_dim = given.integer("dim", 2, config.head_dim);
       params.positions = given.integer("positions", 1);
       positions.push_back(params.positions);
+      pairs.push_back(params.rotary_dim / 2);
       params.head_dim = config.head_dim;
       params.theta = given.number_or("theta", 0, 0, std::numeric_limits<double>::max());
       size_t const angles = product({params.positions, params.rotary_dim / 2});
       params.cos = given.array_or_none<float>("cos", angles).data;
       params.sin = given.array_or_none<float>("sin", angles).data;
-      params.order = given.array_or_none<int32_t>("order", static_cast<size_t>(params.rotary_dim / 2)).data;
       rotaries_.push_back(nullptr);
-      couplet_report report{};
       throw_unless_ok(object.Env(), device.backend->rotary.create(&params, &rotaries_.back(), &report), report);
     }
     Napi::Array const layers = options.list("layers");

@@ -90,13 +90,6 @@ inline couplet_status check_rotary_params(const couplet_rotary_params* params, c
                  p.rotary_dim);
   COUPLET_EXPECT(p.positions >= 1, "Expected 1 or more for the rotary `positions` but received %d", p.positions);
   COUPLET_EXPECT(!p.cos == !p.sin, "Expected both rotary tables, `cos` and `sin`, or none but received one");
-  bool seen[COUPLET_MAX_HEAD_DIM / 2] = {};
-  for (int32_t i = 0; p.order && i < p.rotary_dim / 2; ++i) {
-    COUPLET_EXPECT(p.order[i] >= 0 && p.order[i] < p.rotary_dim / 2 && !seen[p.order[i]],
-                   "Expected every rotary pair below %d once for `order` but received %d at %d", p.rotary_dim / 2,
-                   p.order[i], i);
-    seen[p.order[i]] = true;
-  }
   if (!p.cos) {
     COUPLET_EXPECT(std::isfinite(p.theta) && p.theta > 0,
                    "Expected a positive number for the rotary `theta` but received %g", p.theta);
@@ -109,6 +102,18 @@ inline couplet_status check_rotary_params(const couplet_rotary_params* params, c
                   "Expected finite numbers for the rotary tables but received cos %g, sin %g at position %lld, pair %d",
                   static_cast<double>(p.cos[at]), static_cast<double>(p.sin[at]), static_cast<long long>(at / pairs),
                   static_cast<int>(at % pairs));
+  return COUPLET_OK;
+}
+
+// order: [pairs], the host's.
+inline couplet_status check_pair_order(const int32_t* order, int32_t pairs, couplet_report* report) {
+  COUPLET_EXPECT(order, "Expected an array for `order` but received NULL");
+  bool seen[COUPLET_MAX_HEAD_DIM / 2] = {};
+  for (int32_t i = 0; i < pairs; ++i) {
+    COUPLET_EXPECT(order[i] >= 0 && order[i] < pairs && !seen[order[i]],
+                   "Expected every rotary pair below %d once for `order` but received %d at %d", pairs, order[i], i);
+    seen[order[i]] = true;
+  }
   return COUPLET_OK;
 }
 

@@ -8,12 +8,7 @@
 
 namespace couplet {
 
-// The pair of the model that stands at place i.
-inline int32_t rotary_pair(const couplet_rotary_params& params, int32_t i) {
-  return params.order ? params.order[i] : i;
-}
-
-// The frequency of pair i of the model, from the phases of given tables: a first guess from position 1, then the phase of positions
+// The frequency of pair i, from the phases of given tables: a first guess from position 1, then the phase of positions
 // 2, 4, 8, ... narrows it (each halves what is uncertain), then least squares over rows of the whole table averages the
 // float32 rounding of their angles away.
 inline double rotary_frequency(const couplet_rotary_params& params, int32_t i) {

@@ -91,11 +91,8 @@ bool fill_linear(couplet_rotary* rotary, const std::vector<double>& frequency) {
 
 bool fill_given(couplet_rotary* rotary, const couplet_rotary_params& params) {
   if (!allocate_rows(rotary, rotary->positions)) return false;
-  for (int64_t row = 0; row < rotary->positions; ++row)
-    for (int32_t i = 0; i < pairs(*rotary); ++i) {
-      int64_t const at = row * pairs(*rotary) + rotary_pair(params, i);
-      put(*rotary, row, i, params.cos[at], params.sin[at]);
-    }
+  for (int64_t row = 0, at = 0; row < rotary->positions; ++row)
+    for (int32_t i = 0; i < pairs(*rotary); ++i, ++at) put(*rotary, row, i, params.cos[at], params.sin[at]);
   return true;
 }
 
@@ -107,7 +104,7 @@ bool is_linear(const couplet_rotary& rotary, const couplet_rotary_params& params
   for (int32_t t = 0; t < params.positions; ++t) {
     add_up(rotary, t, cos, sin);
     for (int32_t i = 0; i < pairs(rotary); ++i) {
-      int64_t const at = int64_t{t} * pairs(rotary) + rotary_pair(params, i);
+      int64_t const at = int64_t{t} * pairs(rotary) + i;
       int32_t const entry = step == 1 ? i : 2 * i + 1;  // of an interleaved row, the one whose sin has its own sign
       double const amplitude = rotary.amplitude[entry];
       double const tolerance = rotary_tolerance(amplitude, frequency[static_cast<size_t>(i)], t);
@@ -123,14 +120,13 @@ bool fill_from_tables(couplet_rotary* rotary, const couplet_rotary_params& param
   std::vector<double> frequency(static_cast<size_t>(pairs(*rotary)));
   bool candidate = true;
   for (int32_t i = 0; i < pairs(*rotary); ++i) {
-    int32_t const pair = rotary_pair(params, i);
-    float const amplitude = params.cos[pair];  // the angle of position 0 is 0
-    candidate = candidate && amplitude > 0 && params.sin[pair] == 0;
+    float const amplitude = params.cos[i];  // the angle of position 0 is 0
+    candidate = candidate && amplitude > 0 && params.sin[i] == 0;
     if (rotary->kind == COUPLET_ROTARY_HALF)
       rotary->amplitude[i] = amplitude;
     else
       rotary->amplitude[2 * i] = rotary->amplitude[2 * i + 1] = amplitude;
-    frequency[static_cast<size_t>(i)] = rotary_frequency(params, pair);
+    frequency[static_cast<size_t>(i)] = rotary_frequency(params, i);
   }
   if (candidate) {
     if (!fill_linear(rotary, frequency)) return false;
@@ -139,10 +135,10 @@ bool fill_from_tables(couplet_rotary* rotary, const couplet_rotary_params& param
   return rotary->linear || fill_given(rotary, params);
 }
 
-bool fill_from_theta(couplet_rotary* rotary, const couplet_rotary_params& params) {
+bool fill_from_theta(couplet_rotary* rotary, double theta) {
   std::vector<double> frequency(static_cast<size_t>(pairs(*rotary)));
   for (int32_t i = 0; i < pairs(*rotary); ++i)
-    frequency[static_cast<size_t>(i)] = std::pow(params.theta, -2.0 * rotary_pair(params, i) / rotary->rotary_dim);
+    frequency[static_cast<size_t>(i)] = std::pow(theta, -2.0 * i / rotary->rotary_dim);
   for (int32_t entry = 0; entry < rotary->entries; ++entry) rotary->amplitude[entry] = 1;
   rotary->linear = true;
   return fill_linear(rotary, frequency);
@@ -179,12 +175,44 @@ couplet_status create(const couplet_rotary_params* params, couplet_rotary** out,
   bool filled = false;
   try {
     rotary->amplitude = allocate(rotary, rotary->stride);
-    filled = rotary->amplitude && (params->cos ? fill_from_tables(rotary, *params) : fill_from_theta(rotary, *params));
+    filled =
+        rotary->amplitude && (params->cos ? fill_from_tables(rotary, *params) : fill_from_theta(rotary, params->theta));
   } catch (const std::bad_alloc&) {
   }
   if (!filled) {
     destroy(rotary);
     return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for rotary angles of %d positions", params->positions);
+  }
+  *out = rotary;
+  return COUPLET_OK;
+}
+
+// Rows and amplitudes hold for each pair what belongs to it, once or, of an interleaved rotary embedding, twice.
+void reorder_row(const couplet_rotary& rotary, const int32_t* order, const float* from, float* to) {
+  int32_t const width = rotary.entries / pairs(rotary);
+  for (int32_t entry = 0; entry < rotary.entries; ++entry)
+    to[entry] = from[order[entry / width] * width + entry % width];
+}
+
+couplet_status reorder(const couplet_rotary* from, const int32_t* order, couplet_rotary** out, couplet_report* report) {
+  if (!from || !out)
+    return fail(report, COUPLET_INVALID_ARGUMENT, {}, "Expected a rotary embedding and a place but received NULL");
+  *out = nullptr;
+  if (couplet_status const status = check_pair_order(order, pairs(*from), report)) return status;
+  auto* const rotary = new (std::nothrow) couplet_rotary(*from);
+  if (!rotary) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for rotary angles");
+  rotary->cos = rotary->sin = nullptr;
+  rotary->amplitude = allocate(rotary, rotary->stride);
+  int64_t const rows =
+      from->linear ? rotary_offsets + from->coarse_rows + rows_for(from->positions, wide_step) : from->positions;
+  if (!rotary->amplitude || !allocate_rows(rotary, rows)) {
+    destroy(rotary);
+    return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for rotary angles of %d positions", from->positions);
+  }
+  reorder_row(*from, order, from->amplitude, rotary->amplitude);
+  for (int64_t at = 0; at < rows * from->stride; at += from->stride) {
+    reorder_row(*from, order, from->cos + at, rotary->cos + at);
+    reorder_row(*from, order, from->sin + at, rotary->sin + at);
   }
   *out = rotary;
   return COUPLET_OK;
@@ -238,6 +266,7 @@ couplet_status check_rotary(const couplet_rotary& rotary, int32_t head_dim, int6
   return COUPLET_OK;
 }
 
-const couplet_rotary_entries rotary_entries = {.create = create, .destroy = destroy, .bytes = bytes};
+const couplet_rotary_entries rotary_entries = {
+    .create = create, .reorder = reorder, .destroy = destroy, .bytes = bytes};
 
 }  // namespace couplet::cpu

@@ -185,8 +185,7 @@ class AttendCase {
     int32_t longest = 1;
     for (const SequenceShape& sequence : shape_.sequences)
       longest = std::max(longest, sequence.before + sequence.queries);
-    rotary_params_ = {nullptr,           nullptr, 10000,           shape_.rotary_kind,
-                      shape_.rotary_dim, longest, shape_.head_dim, nullptr};
+    rotary_params_ = {nullptr, nullptr, 10000, shape_.rotary_kind, shape_.rotary_dim, longest, shape_.head_dim};
     if (shape_.tables != CaseShape::Tables::theta) {
       for (int32_t t = 0; t < longest; ++t)
         for (int32_t i = 0; i < shape_.rotary_dim / 2; ++i) {

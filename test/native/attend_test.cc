@@ -248,7 +248,7 @@ void detection() {  // given tables that are linear need no row per position
 // The angles themselves, where no sequence of a test is long enough to go: three digits of a position.
 void far_angles() {
   for (int32_t kind : {COUPLET_ROTARY_HALF, COUPLET_ROTARY_INTERLEAVED}) {
-    couplet_rotary_params const params{nullptr, nullptr, 500000, kind, 64, 1 << 20, 64, nullptr};
+    couplet_rotary_params const params{nullptr, nullptr, 500000, kind, 64, 1 << 20, 64};
     couplet_rotary* rotary = nullptr;
     couplet_report report{};
     if (!CHECK(cpu::rotary_entries.create(&params, &rotary, &report) == COUPLET_OK, "%s", report.detail)) return;
@@ -282,13 +282,13 @@ void ordered_angles() {
             cos.push_back(static_cast<float>((1 + i) * std::cos(angle)));
             sin.push_back(static_cast<float>((1 + i) * std::sin(angle)));
           }
-        couplet_rotary_params params{cos.data(), sin.data(), 10000, kind, 2 * half, positions, 64, nullptr};
+        couplet_rotary_params params{cos.data(), sin.data(), 10000, kind, 2 * half, positions, 64};
         if (!is_given) params.cos = params.sin = nullptr;
         couplet_rotary *own = nullptr, *ordered = nullptr;
         couplet_report report{};
         CHECK(cpu::rotary_entries.create(&params, &own, &report) == COUPLET_OK, "%s", report.detail);
-        params.order = order.data();
-        CHECK(cpu::rotary_entries.create(&params, &ordered, &report) == COUPLET_OK, "%s", report.detail);
+        CHECK(cpu::rotary_entries.reorder(own, order.data(), &ordered, &report) == COUPLET_OK, "%s", report.detail);
+        CHECK(cpu::rotary_entries.bytes(own) == cpu::rotary_entries.bytes(ordered), "bytes");
         CHECK(own->linear == (!is_given || is_linear) && own->linear == ordered->linear, "linear %d", own->linear);
         for (int32_t position : {0, 1, 64, 299}) {
           float expected[2][cpu::rotary_max_stride], got[2][cpu::rotary_max_stride];
@@ -301,8 +301,16 @@ void ordered_angles() {
                   "position %d, entry %d of kind %d", position, entry, kind);
           }
         }
-        cpu::rotary_entries.destroy(own);
         cpu::rotary_entries.destroy(ordered);
+        for (int32_t const wrong : {-1, half, order[1]}) {
+          std::vector<int32_t> none = order;
+          none[0] = wrong;
+          CHECK(
+              cpu::rotary_entries.reorder(own, none.data(), &ordered, &report) == COUPLET_INVALID_ARGUMENT && !ordered,
+              "an order with pair %d", wrong);
+        }
+        CHECK(cpu::rotary_entries.reorder(own, nullptr, &ordered, &report) == COUPLET_INVALID_ARGUMENT, "no order");
+        cpu::rotary_entries.destroy(own);
       }
 }
 
@@ -316,7 +324,7 @@ void rotary_tables() {
       cos.push_back(std::cos(angle));
       sin.push_back(std::sin(angle));
     }
-  couplet_rotary_params params{cos.data(), sin.data(), 0, COUPLET_ROTARY_HALF, 2 * half, positions, 64, nullptr};
+  couplet_rotary_params params{cos.data(), sin.data(), 0, COUPLET_ROTARY_HALF, 2 * half, positions, 64};
   couplet_rotary* rotary = nullptr;
   couplet_report report{};
   CHECK(cpu::rotary_entries.create(&params, &rotary, &report) == COUPLET_OK && rotary->linear, "%s", report.detail);
@@ -326,15 +334,11 @@ void rotary_tables() {
   cpu::rotary_entries.destroy(rotary);
 
   auto const refuses = [&](couplet_status status, auto&& change) {
-    couplet_rotary_params bad{cos.data(), sin.data(), 0, COUPLET_ROTARY_HALF, 2 * half, positions, 64, nullptr};
+    couplet_rotary_params bad{cos.data(), sin.data(), 0, COUPLET_ROTARY_HALF, 2 * half, positions, 64};
     change(bad);
     CHECK(cpu::rotary_entries.create(&bad, &rotary, &report) == status && !rotary, "%s", report.detail);
   };
   rotary = nullptr;
-  int32_t order[half] = {};
-  refuses(COUPLET_INVALID_ARGUMENT, [&](couplet_rotary_params& p) { p.order = order; });
-  for (int32_t i = 0; i < half; ++i) order[i] = half - i;
-  refuses(COUPLET_INVALID_ARGUMENT, [&](couplet_rotary_params& p) { p.order = order; });
   refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.sin = nullptr; });
   refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.kind = 3; });
   refuses(COUPLET_INVALID_ARGUMENT, [](couplet_rotary_params& p) { p.rotary_dim = 66; });

@@ -40,10 +40,10 @@ class Angles {
     half_ = rotary->rotary_dim / 2;
     for (int64_t position = 0; position < positions; ++position)
       for (int64_t i = 0; i < half_; ++i) {
-        int32_t const pair = rotary->order ? rotary->order[i] : static_cast<int32_t>(i);
-        double const angle = static_cast<double>(position) * std::pow(rotary->theta, -2.0 * pair / rotary->rotary_dim);
-        cos_.push_back(rotary->cos ? rotary->cos[position * half_ + pair] : std::cos(angle));
-        sin_.push_back(rotary->sin ? rotary->sin[position * half_ + pair] : std::sin(angle));
+        double const angle =
+            static_cast<double>(position) * std::pow(rotary->theta, -2.0 * static_cast<double>(i) / rotary->rotary_dim);
+        cos_.push_back(rotary->cos ? rotary->cos[position * half_ + i] : std::cos(angle));
+        sin_.push_back(rotary->sin ? rotary->sin[position * half_ + i] : std::sin(angle));
       }
   }
 

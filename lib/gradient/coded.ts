@@ -167,7 +167,7 @@ function matricesOf(codebook: Codebook, layer: number, side: Side): [Float32Arra
   return [enter, leave]
 }
 
-/** The same of rows that are coded as x M and read as what M' makes of their codes. */
+/** As {@link addCoding}, of rows that are coded as x M and read as what M' makes of their codes. */
 function addMixed(build: GraphBuilder, site: CodingSite, mix: Float32Array, unmix: Float32Array): string {
   const { rows, headDim } = site
   const through = (value: string, matrices: Float32Array) => {

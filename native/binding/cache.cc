@@ -20,34 +20,7 @@ LayerOptions::LayerOptions(Device device, const CacheConfig& config, const Napi:
   Options const options(object);
   try {
     Napi::Array const rotaries = options.list("rotaries");
-    std::vector<int32_t> positions, pairs;
-    for (uint32_t i = 0; i < rotaries.Length(); ++i) {
-      Options const given(rotaries.Get(i), "rotary");
-      couplet_report report{};
-      if (given.has("of")) {
-        auto const of = static_cast<size_t>(given.integer("of", 0, static_cast<int32_t>(i) - 1));
-        View<int32_t> const order = given.array<int32_t>("order", static_cast<size_t>(pairs[of]));
-        positions.push_back(positions[of]);
-        pairs.push_back(pairs[of]);
-        rotaries_.push_back(nullptr);
-        throw_unless_ok(object.Env(),
-                        device.backend->rotary.reorder(rotaries_[of], order.data, &rotaries_.back(), &report), report);
-        continue;
-      }
-      couplet_rotary_params params = {};
-      params.kind = given.string("kind") == "interleaved" ? COUPLET_ROTARY_INTERLEAVED : COUPLET_ROTARY_HALF;
-      params.rotary_dim = given.integer("dim", 2, config.head_dim);
-      params.positions = given.integer("positions", 1);
-      positions.push_back(params.positions);
-      pairs.push_back(params.rotary_dim / 2);
-      params.head_dim = config.head_dim;
-      params.theta = given.number_or("theta", 0, 0, std::numeric_limits<double>::max());
-      size_t const angles = product({params.positions, params.rotary_dim / 2});
-      params.cos = given.array_or_none<float>("cos", angles).data;
-      params.sin = given.array_or_none<float>("sin", angles).data;
-      rotaries_.push_back(nullptr);
-      throw_unless_ok(object.Env(), device.backend->rotary.create(&params, &rotaries_.back(), &report), report);
-    }
+    for (uint32_t i = 0; i < rotaries.Length(); ++i) add_rotary(Options(rotaries.Get(i), "rotary"), config.head_dim);
     Napi::Array const layers = options.list("layers");
     if (layers.Length() != static_cast<uint32_t>(config.layers)) {
       throw_expected(object.Env(), std::to_string(config.layers) + " entries", "layers", options.get("layers"));
@@ -63,10 +36,11 @@ LayerOptions::LayerOptions(Device device, const CacheConfig& config, const Napi:
         return static_cast<size_t>(given.integer(name, 0, static_cast<int32_t>(rotaries_.size()) - 1));
       };
       if (given.has("rotary")) {
-        layer.rotary = rotaries_[rotary_index("rotary")];
-        layer.positions = positions[rotary_index("rotary")];
+        const Rotary& rotary = rotaries_[rotary_index("rotary")];
+        layer.rotary = rotary.angles;
+        layer.positions = rotary.positions;
       }
-      if (given.has("orderedRotary")) layer.ordered_rotary = rotaries_[rotary_index("orderedRotary")];
+      if (given.has("orderedRotary")) layer.ordered_rotary = rotaries_[rotary_index("orderedRotary")].angles;
       if (!given.has("headSinks")) continue;
       View<float> const sinks = given.array<float>("headSinks", static_cast<size_t>(config.query_heads));
       DeviceMemory& memory = head_sinks_.emplace_back();
@@ -83,10 +57,35 @@ LayerOptions::LayerOptions(Device device, const CacheConfig& config, const Napi:
   }
 }
 
+// Angles of their own, or those of an entry before in another order.
+void LayerOptions::add_rotary(const Options& given, int32_t head_dim) {
+  const couplet_rotary_entries& entries = device_.backend->rotary;
+  couplet_report report{};
+  if (given.has("of")) {
+    auto const last = static_cast<int32_t>(rotaries_.size()) - 1;
+    Rotary const of = rotaries_[static_cast<size_t>(given.integer("of", 0, last))];
+    View<int32_t> const order = given.array<int32_t>("order", static_cast<size_t>(of.pairs));
+    Rotary& made = rotaries_.emplace_back(Rotary{nullptr, of.positions, of.pairs});
+    throw_unless_ok(given.env(), entries.reorder(of.angles, order.data, &made.angles, &report), report);
+    return;
+  }
+  couplet_rotary_params params = {};
+  params.kind = given.string("kind") == "interleaved" ? COUPLET_ROTARY_INTERLEAVED : COUPLET_ROTARY_HALF;
+  params.rotary_dim = given.integer("dim", 2, head_dim);
+  params.positions = given.integer("positions", 1);
+  params.head_dim = head_dim;
+  params.theta = given.number_or("theta", 0, 0, std::numeric_limits<double>::max());
+  size_t const angles = product({params.positions, params.rotary_dim / 2});
+  params.cos = given.array_or_none<float>("cos", angles).data;
+  params.sin = given.array_or_none<float>("sin", angles).data;
+  Rotary& made = rotaries_.emplace_back(Rotary{nullptr, params.positions, params.rotary_dim / 2});
+  throw_unless_ok(given.env(), entries.create(&params, &made.angles, &report), report);
+}
+
 LayerOptions::~LayerOptions() { release(); }
 
 void LayerOptions::release() {
-  for (couplet_rotary* rotary : rotaries_) device_.backend->rotary.destroy(rotary);
+  for (const Rotary& rotary : rotaries_) device_.backend->rotary.destroy(rotary.angles);
   rotaries_.clear();
 }
 

@@ -8,14 +8,15 @@
 
 #include "../cache/cache.h"
 #include "../call/memory.h"
+#include "values.h"
 
 namespace couplet::binding {
 
 // The attend options of every layer of a model, and what they point to.
 class LayerOptions {
  public:
-  // options: `rotaries`, a list of objects, and `layers`, a list of objects whose `rotary` and
-  // `orderedRotary` are indices into that list.
+  // options: `rotaries`, a list of what lib/native/cache.ts calls NativeRotary or NativeOrderedRotary, and `layers`, a list of objects
+  // whose `rotary` and `orderedRotary` are indices into that list.
   LayerOptions(Device device, const CacheConfig& config, const Napi::Object& options);
   ~LayerOptions();
   LayerOptions(const LayerOptions&) = delete;
@@ -24,10 +25,15 @@ class LayerOptions {
   const std::vector<AttendOptions>& layers() const { return layers_; }
 
  private:
+  struct Rotary {
+    couplet_rotary* angles = nullptr;
+    int32_t positions = 0, pairs = 0;
+  };
+  void add_rotary(const Options& given, int32_t head_dim);
   void release();
 
   Device device_;
-  std::vector<couplet_rotary*> rotaries_;
+  std::vector<Rotary> rotaries_;
   std::vector<DeviceMemory> head_sinks_;
   std::vector<AttendOptions> layers_;
 };

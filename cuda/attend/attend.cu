@@ -1,6 +1,6 @@
 // The entries of attend: what is refused, which body runs, and its chain of launches
 //   plan -> a decode body -> merge                       sequences with one query
-//        -> prefill                                       all others
+//        -> prefill on tiles of float16 -> wide prefill   all others
 #include <algorithm>
 #include <cstdio>
 
@@ -62,7 +62,7 @@ Body select(const couplet_attend_params& params) {
 // A step of which only the pointers into the workspace are missing, and what they need. Counts of the host alone go into it.
 struct Layout {
   Step step;
-  size_t row_begin, weighted, sums, bytes;  // offsets
+  size_t row_begin, wide, weighted, sums, bytes;  // offsets; wide 0: none
 };
 
 Layout layout_of(const couplet_attend_params& params) {
@@ -87,8 +87,9 @@ Layout layout_of(const couplet_attend_params& params) {
   layout.step.block_rows = block_rows;
   layout.step.head_blocks = params.kv_heads * blocks_of(group_heads, block_rows);
   layout.step.blocks = tables_in_shared ? multiprocessors : 2 * multiprocessors;
-  layout.step.prefill_blocks = 2 * multiprocessors;
-  layout.step.prefill_rows = prefill_rows(params.head_dim);
+  bool const half_prefill = params.most_query_tokens != 1 && has_half_prefill(params);
+  layout.step.prefill_blocks = half_prefill ? multiprocessors : 2 * multiprocessors;
+  layout.step.prefill_rows = prefill_rows(params);
   layout.step.coded_unit = tables_in_shared ? rotary_block : general_unit;
   layout.step.dense_unit = tables_in_shared ? lookup_dense_unit : general_unit;
 
@@ -102,6 +103,8 @@ Layout layout_of(const couplet_attend_params& params) {
   };
   append((static_cast<size_t>(params.sequence_count) + 1) * sizeof(int32_t));
   layout.row_begin = append((static_cast<size_t>(params.sequence_count) + 1) * sizeof(int32_t));
+  if (half_prefill)
+    layout.wide = append(static_cast<size_t>(params.sequence_count) * static_cast<size_t>(params.kv_heads) * sizeof(int32_t));
   layout.sums = append(rows * sizeof(float2));
   layout.weighted = append(rows * static_cast<size_t>(params.head_dim) * sizeof(float));
   return layout;
@@ -117,6 +120,7 @@ couplet_status run(const couplet_attend_params* params, void* memory, void* stre
   Step step = layout.step;
   step.unit_begin = reinterpret_cast<int32_t*>(bytes);
   step.row_begin = reinterpret_cast<int32_t*>(bytes + layout.row_begin);
+  step.wide = layout.wide ? reinterpret_cast<int32_t*>(bytes + layout.wide) : nullptr;
   step.sums = reinterpret_cast<float2*>(bytes + layout.sums);
   step.weighted = reinterpret_cast<float*>(bytes + layout.weighted);
   auto const queue = static_cast<cudaStream_t>(stream);

@@ -8,13 +8,15 @@ constexpr int plan_threads = 256;
 constexpr int merge_threads = 256;
 
 // ---- kernels ---------------------------------------------------------------------------------------------------------------
-// [sequence_count] sequences -> running sums of their units and row blocks.
+// [sequence_count] sequences -> running sums of their units and row blocks, and no mark of prefill's.
 __global__ void __launch_bounds__(plan_threads) plan(Step const step) {
   GPU_SHARED(warp_sums, int2[plan_threads / 32]);
   gpu::let_next_start();
   int const lane = threadIdx.x % 32;
   int const warp = threadIdx.x / 32;
   int2 total{0, 0};  // of the sequences before this round
+  int const marks = step.wide ? step.params.sequence_count * step.params.kv_heads : 0;
+  for (int mark = static_cast<int>(threadIdx.x); mark < marks; mark += plan_threads) step.wide[mark] = 0;
   for (int first = 0; first < step.params.sequence_count; first += plan_threads) {
     int const index = first + static_cast<int>(threadIdx.x);
     int2 sum{0, 0};

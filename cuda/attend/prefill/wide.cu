@@ -1,4 +1,4 @@
-// Attention of sequences with several queries, for every codec, shape and option. A block takes 16 rows a warp, a row being one query head of
+// Attention of sequences with several queries, for every codec, shape and option, and numbers of any size. A block takes 16 rows a warp, a row being one query head of
 // one query token; all rows share a kv head. Tiles of 32 tokens:
 //   keys    decoded, or copied where they are in full precision, rotated to their positions, rounded to tf32
 //   values  likewise, not rotated
@@ -6,10 +6,11 @@
 //           mma's k are permuted (t is token 2t, t + 4 is token 2t + 1), so that no register has to move.
 // tf32 has float16's 10 bits and float32's range: nothing that the CPU can attend to overflows here. For 128 channels and 8 warps a tile costs
 // a warp 128 mma with 2 to 3 loads from shared memory each, and its share of the decoding 32 loads: loads are what limits.
-#include "step.h"
-#include "tokens.h"
+#include "../step.h"
+#include "../tokens.h"
+#include "launch.h"
 
-namespace couplet::cuda::attend {
+namespace couplet::cuda::attend::prefill {
 namespace {
 
 constexpr int warp_rows = 16;
@@ -304,9 +305,13 @@ __device__ __forceinline__ void write_rows(const Step& step, const Rows& rows, i
 }
 
 // ---- kernel --------------------------------------------------------------------------------------------------------------------
+__host__ __device__ constexpr int blocks_together(int warps, int most_dim) {
+  return warps * most_dim <= 6 * 128 ? 2 : 1;
+}
+
 // A block of rows after the other, each over all that its rows see.
 template <int Warps, int MostDim>
-__global__ void __launch_bounds__(Warps * 32, MostDim <= 128 ? 2 : 1) prefill(Step const step) {
+__global__ void __launch_bounds__(Warps * 32, blocks_together(Warps, MostDim)) wide(Step const step) {
   GPU_DYNAMIC_SHARED(uint32_t, dynamic);
   constexpr int most_rows = Warps * warp_rows;
   constexpr int stride = stride_of(MostDim);
@@ -319,6 +324,8 @@ __global__ void __launch_bounds__(Warps * 32, MostDim <= 128 ? 2 : 1) prefill(St
     // The last rows first: they see most.
     int const row_block = row_blocks - 1 - static_cast<int>(task / step.params.kv_heads);
     int const index = find_begin(step.row_begin, sequences, row_block);
+    if (step.wide && step.wide[index * step.params.kv_heads + static_cast<int>(task % step.params.kv_heads)] == 0)
+      continue;  // done on tiles of float16
     const couplet_attend_sequence& sequence = step.params.sequences[index];
     int64_t const first_row = static_cast<int64_t>(row_block - step.row_begin[index]) * most_rows;
     int64_t const left = static_cast<int64_t>(sequence.query_tokens) * step.group_heads - first_row;
@@ -364,7 +371,7 @@ struct Choice {
 
 template <int Warps, int MostDim>
 constexpr Choice choice_of() {
-  return {prefill<Warps, MostDim>, Warps,
+  return {wide<Warps, MostDim>, Warps,
           static_cast<size_t>(Warps * warp_rows + 2 * tile_tokens) * stride_of(MostDim) * sizeof(uint32_t)};
 }
 
@@ -378,13 +385,16 @@ Choice choose(int head_dim) {
   return choice_of<4, 256>().shared_bytes <= room ? choice_of<4, 256>() : choice_of<2, 256>();
 }
 
+// The rows of the half body's tasks: one block a multiprocessor, 8 warps of 168 registers and 99 KB at headDim 128.
+Choice choose_beside_half(int head_dim) { return head_dim <= 64 ? choice_of<8, 64>() : choice_of<8, 128>(); }
+
 }  // namespace
 
-int prefill_rows(int head_dim) { return choose(head_dim).warps * warp_rows; }
+int wide_rows(int head_dim) { return choose(head_dim).warps * warp_rows; }
 
-cudaError_t launch_prefill(const Step& step, cudaStream_t stream) {
-  Choice const choice = choose(step.params.head_dim);
+cudaError_t launch_wide(const Step& step, cudaStream_t stream) {
+  Choice const choice = step.wide ? choose_beside_half(step.params.head_dim) : choose(step.params.head_dim);
   return gpu::launch(choice.kernel, step.prefill_blocks, choice.warps * 32, choice.shared_bytes, stream, step);
 }
 
-}  // namespace couplet::cuda::attend
+}  // namespace couplet::cuda::attend::prefill

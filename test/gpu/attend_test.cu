@@ -433,6 +433,35 @@ void general_shapes() {
              4, "general");
 }
 
+// Queries, keys and values that float16 does not hold, each in a prompt of its own beside one that is as it was.
+void beyond_float16() {
+  struct Scales {
+    float queries, keys, values;
+  };
+  for (Scales const scales :
+       {Scales{1, 1, 1e5f}, {1, 1, 1e-8f}, {1e-4f, 1e4f, 1}, {1e4f, 1e-4f, 1}, {1e-6f, 1e6f, 1e30f}}) {
+    CaseShape shape = llama(2, 4,
+                            {{.before = 0, .queries = 40, .uncoded = true},
+                             {.before = 0, .queries = 150, .uncoded = true},
+                             {.before = 100, .queries = 9, .sinks = 4, .window = 32}});
+    AttendCase host(shape, 31);
+    const couplet_attend_sequence& sequence = host.sequence(1);
+    auto const scale = [](const void* values, int64_t count, float factor) {
+      auto* const all = static_cast<float*>(const_cast<void*>(values));
+      for (int64_t i = 0; i < count; ++i) all[i] *= factor;
+    };
+    scale(sequence.queries, sequence.query_tokens * sequence.query_token_stride, scales.queries);
+    for (int32_t run = 0; run < sequence.dense_count; ++run) {
+      const couplet_dense_rows& rows = sequence.dense[run];
+      scale(rows.keys, rows.tokens * rows.key_token_stride, scales.keys);
+      scale(rows.values, rows.tokens * rows.value_token_stride, scales.values);
+    }
+    auto const oracle = host.run_reference();
+    DeviceCase device(host);
+    compare(host, shape, device.name(), oracle, device.run(), 1);
+  }
+}
+
 // More rows than a block has, rows of several blocks, wide heads, more query heads than rows of a warp; sequences of one query between.
 void prefill_shapes() {
   check_case(llama(2, 4,
@@ -469,35 +498,6 @@ void prefill_shapes() {
   // A first prompt: more tokens than angles are kept for.
   check_case(llama(1, 2, {{.before = 0, .queries = 700, .uncoded = true}}), 25, "general");
   beyond_float16();
-}
-
-// Queries, keys and values that float16 does not hold, each in a prompt of its own beside one that is as it was.
-void beyond_float16() {
-  struct Scales {
-    float queries, keys, values;
-  };
-  for (Scales const scales :
-       {Scales{1, 1, 1e5f}, {1, 1, 1e-8f}, {1e-4f, 1e4f, 1}, {1e4f, 1e-4f, 1}, {1e-6f, 1e6f, 1e30f}}) {
-    CaseShape shape = llama(2, 4,
-                            {{.before = 0, .queries = 40, .uncoded = true},
-                             {.before = 0, .queries = 150, .uncoded = true},
-                             {.before = 100, .queries = 9, .sinks = 4, .window = 32}});
-    AttendCase host(shape, 31);
-    const couplet_attend_sequence& sequence = host.sequence(1);
-    auto const scale = [](const void* values, int64_t count, float factor) {
-      auto* const all = static_cast<float*>(const_cast<void*>(values));
-      for (int64_t i = 0; i < count; ++i) all[i] *= factor;
-    };
-    scale(sequence.queries, sequence.query_tokens * sequence.query_token_stride, scales.queries);
-    for (int32_t run = 0; run < sequence.dense_count; ++run) {
-      const couplet_dense_rows& rows = sequence.dense[run];
-      scale(rows.keys, rows.tokens * rows.key_token_stride, scales.keys);
-      scale(rows.values, rows.tokens * rows.value_token_stride, scales.values);
-    }
-    auto const oracle = host.run_reference();
-    DeviceCase device(host);
-    compare(host, shape, device.name(), oracle, device.run(), 1);
-  }
 }
 
 void random_shapes() {

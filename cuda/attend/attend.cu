@@ -104,7 +104,8 @@ Layout layout_of(const couplet_attend_params& params) {
   append((static_cast<size_t>(params.sequence_count) + 1) * sizeof(int32_t));
   layout.row_begin = append((static_cast<size_t>(params.sequence_count) + 1) * sizeof(int32_t));
   if (half_prefill)
-    layout.wide = append(static_cast<size_t>(params.sequence_count) * static_cast<size_t>(params.kv_heads) * sizeof(int32_t));
+    layout.wide =
+        append(static_cast<size_t>(params.sequence_count) * static_cast<size_t>(params.kv_heads) * sizeof(int32_t));
   layout.sums = append(rows * sizeof(float2));
   layout.weighted = append(rows * static_cast<size_t>(params.head_dim) * sizeof(float));
   return layout;

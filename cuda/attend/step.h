@@ -27,7 +27,8 @@ struct Step {
   int32_t* unit_begin;  // [sequence_count + 1]: units of one head block before a sequence
   int32_t*
       row_begin;  // [sequence_count + 1]: row blocks of one kv head before a sequence; of sequences with other than one query
-  int32_t* wide;    // [sequence_count][kv_heads]: 1 where prefill met what float16 does not hold; NULL where no body uses it
+  int32_t*
+      wide;  // [sequence_count][kv_heads]: 1 where prefill met what float16 does not hold; NULL where no body uses it
   float* weighted;  // [slots][block_rows][head_dim]: sum of 2^(logit - maximum) * value
   float2* sums;     // [slots][block_rows]: maximum, sum of 2^(logit - maximum); logits in powers of two
   int32_t group_heads;
@@ -206,7 +207,7 @@ cudaError_t launch_lookup(const Step& step, cudaStream_t stream);
 cudaError_t launch_gather(const Step& step, cudaStream_t stream);
 cudaError_t launch_staged(const Step& step, cudaStream_t stream);
 
-int device_attribute(cudaDeviceAttr attribute);  // of the calling thread's device
+int device_attribute(cudaDeviceAttr attribute);              // of the calling thread's device
 bool has_half_prefill(const couplet_attend_params& params);  // whether prefill may run on tiles of float16
 int prefill_rows(const couplet_attend_params& params);       // of a row block, on this device
 inline constexpr int general_rows = 16;

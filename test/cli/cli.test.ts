@@ -124,7 +124,7 @@ describe('the couplet command', function () {
     const all = JSON.parse(done.out) as { name: string; perplexity: number; codeBits?: number }[]
     assert.deepEqual(all.map(({ name, codeBits }) => [name, codeBits]), [['full precision', undefined], ['cq-8c4b', 0.5], ['cq-4c4b', 1]])
     assert.match(readFileSync(file('quality.html'), 'utf8'), /4 sinks and a window of 32 in full precision: cq-8c4b at 0\.5 bits has[^]*<svg/)
-    const others = couplet('eval', ...given, '--report', file('other.html'), '--results', path.join(root, 'bench', 'results', '2026-11-23-quality.json'))
+    const others = couplet('eval', ...given, '--report', file('other.html'), '--results', path.join(root, 'bench', 'results', '2026-11-24-quality.json'))
     assert.equal(others.code, 1)
     assert.match(others.err, /Expected figures of text [0-9a-f]{16}, length 256 but/)
     assert.equal(couplet('eval', ...given, '--report', file('other.html')).code, 2)

@@ -7,7 +7,7 @@ import type { QualityPoint } from '../../lib'
 import { readQualityResults, textHash } from '../../lib/inspect/quality'
 import { lowerEdge } from '../../lib/inspect/quality-page'
 
-const results = join(__dirname, '../../bench/results/2026-11-23-quality.json')
+const results = join(__dirname, '../../bench/results/2026-11-24-quality.json')
 
 describe('figures of other methods', () => {
   let folder = ''

@@ -1,7 +1,7 @@
 // Kernels of the CUDA backend, measured on the GPU of this machine without Node. run.sh is how to start it; README.md says what its
 // columns mean.
 //
-//   couplet_bench_cuda [--operations attend,prefill,encode,decode,kmeans] [--codecs 8c8b,4c8b,2c8b,8c10b]
+//   couplet_bench_cuda [--operations attend,prefill,prompt,encode,decode,kmeans] [--codecs 8c8b,4c8b,2c8b,8c10b]
 //                      [--shapes 16x30720,32x61440,64x30720,1x131072,8x8192] [--heads 1,4,8] [--head-dims 64,128]
 //                      [--seconds 0.15] [--full-kmeans] [--tiny] [--json FILE]
 //
@@ -24,7 +24,7 @@ struct Shape {
 };
 
 struct Flags {
-  std::vector<std::string> operations{"attend", "prefill", "encode", "decode", "kmeans"};
+  std::vector<std::string> operations{"attend", "prefill", "prompt", "encode", "decode", "kmeans"};
   std::vector<couplet_codec> codecs{{8, 8}, {4, 8}, {2, 8}, {8, 10}};
   std::vector<Shape> shapes{{16, 30720}, {32, 61440}, {64, 30720}, {1, 131072}, {8, 8192}};
   std::vector<int32_t> heads{1, 4, 8};
@@ -100,10 +100,14 @@ bool parse(int count, char** words, Flags* flags) {
   return true;
 }
 
+bool attends_to(const std::string& operation) {
+  return operation == "attend" || operation == "prefill" || operation == "prompt";
+}
+
 // What is measured of each operation. Encode and decode do not know heads or batch: they have one long sequence.
 std::vector<Case> cases_of(const Flags& flags, const std::string& operation) {
   int32_t const kv_heads = flags.tiny ? 2 : 8;
-  bool const attends = operation == "attend" || operation == "prefill";
+  bool const attends = attends_to(operation);
   std::vector<Shape> shapes = attends ? flags.shapes : std::vector<Shape>{{1, 8192}, {8, 8192}, {16, 30720}};
   std::vector<int32_t> heads = attends ? flags.heads : std::vector<int32_t>{1};
   std::vector<int32_t> head_dims = flags.head_dims;
@@ -113,6 +117,11 @@ std::vector<Case> cases_of(const Flags& flags, const std::string& operation) {
     heads = {4};
     queries = 512;
   }
+  if (operation == "prompt") {
+    shapes = {{1, 2048}, {8, 2048}};
+    heads = {4};
+    queries = 2048;
+  }
   if (operation == "kmeans") {
     shapes = {{528, 32768}};  // four of each multiprocessor's, of 132
     head_dims = {128};
@@ -121,7 +130,7 @@ std::vector<Case> cases_of(const Flags& flags, const std::string& operation) {
     shapes = {operation == "kmeans" ? Shape{2, 500} : Shape{2, 150}};
     heads = {4};
     head_dims = {64};
-    queries = std::min(queries, 5);
+    queries = operation == "prompt" ? 150 : std::min(queries, 5);
   }
   std::vector<couplet_codec> const codecs =
       flags.tiny && operation == "kmeans" ? std::vector<couplet_codec>{{8, 6}} : flags.codecs;
@@ -132,6 +141,7 @@ std::vector<Case> cases_of(const Flags& flags, const std::string& operation) {
         for (int32_t group_heads : heads)
           cases.push_back({operation == "attend"    ? "attend decode"
                            : operation == "prefill" ? "attend prefill"
+                           : operation == "prompt"  ? "attend prompt"
                                                     : operation,
                            codec, shape.batch, shape.context, queries, kv_heads * group_heads, kv_heads, head_dim});
   return cases;
@@ -140,7 +150,7 @@ std::vector<Case> cases_of(const Flags& flags, const std::string& operation) {
 bool measure(const Flags& flags, const std::string& operation, Meter& meter, Report& report) {
   constexpr int32_t iterations = 100;
   for (const Case& what : cases_of(flags, operation)) {
-    if (operation == "attend" || operation == "prefill")
+    if (attends_to(operation))
       attend(what, meter, report);
     else if (operation == "encode")
       encode(what, meter, report);

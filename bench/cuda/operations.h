@@ -7,7 +7,7 @@
 namespace couplet::bench {
 
 // One step of attention over `batch` sequences of `context` tokens: with queries == 1 a decode step, with more a prefill whose last
-// `queries` tokens ask. As a Cache keeps them, the first 4 and the last 32 tokens before the queries are in full precision, as are
+// `queries` tokens ask; a first prompt, which has no codes yet, where those are all. As a Cache keeps them, the first 4 and the last 32 tokens before the queries are in full precision, as are
 // the queries' own; all others are codes, 64 tokens a page. Queries and outputs are float16. Rotary embedding in halves, theta 500000.
 void attend(const Case& what, Meter& meter, Report& report);
 

@@ -74,12 +74,18 @@ __device__ __forceinline__ void find_limits(const Step& step, const Task& task, 
 
 constexpr int tile_columns = tile_tokens / 8;
 
+// Where a lane reads the first operand of a tile's keys, and of its values: rows and chunks of the four matrices of an ldmatrix.
+template <int Dim>
+struct Operands {
+  int key = chunk_at<Dim>(gpu::lane_id() % 8 + gpu::lane_id() / 16 * 8, gpu::lane_id() / 8 % 2);
+  int value = chunk_at<Dim>(gpu::lane_id() % 16, gpu::lane_id() / 16);
+};
+
 // Scores of the warp's rows: [8 tokens][row g or g + 8 (element / 2), token 2t + element % 2].
 template <int Dim>
 __device__ __forceinline__ void multiply_keys(const uint32_t (&queries)[Dim / 16][4], const unsigned char* keys,
-                                              float (&scores)[tile_columns][4]) {
-  int const lane = gpu::unknown(gpu::lane_id());  // or addresses would be kept from tile to tile
-  int const own = chunk_at<Dim>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+                                              int first, float (&scores)[tile_columns][4]) {
+  int const own = gpu::unknown(first);  // or the others would be kept from tile to tile
 #pragma unroll
   for (int n = 0; n < tile_columns; ++n)
     for (float& score : scores[n]) score = 0;
@@ -142,9 +148,8 @@ __device__ __forceinline__ void take_powers(float (&scores)[tile_columns][4], So
 // weighted += powers x values: [8 channels][row g or g + 8 (element / 2), channel 2t + element % 2]
 template <int Dim>
 __device__ __forceinline__ void multiply_values(const uint32_t (&powers)[tile_columns / 2][4],
-                                                const unsigned char* values, float (&weighted)[Dim / 8][4]) {
-  int const lane = gpu::unknown(gpu::lane_id());
-  int const own = chunk_at<Dim>(lane % 16, lane / 16);
+                                                const unsigned char* values, int first, float (&weighted)[Dim / 8][4]) {
+  int const own = gpu::unknown(first);
 #pragma unroll
   for (int k = 0; k < tile_tokens / 16; ++k) {
 #pragma unroll
@@ -165,12 +170,12 @@ __device__ __forceinline__ uint64_t bits_between(int first, int end) {
 }
 
 template <int Dim>
-__device__ __forceinline__ void take_tile(const Step& step, const typename Shared<Dim>::Tile& tile, uint64_t there,
-                                          const Task& task, int warp_row, int begin, const Limits& limits,
-                                          const uint32_t (&queries)[Dim / 16][4], Softmax& softmax,
-                                          float (&weighted)[Dim / 8][4]) {
+__device__ __forceinline__ void take_tile(const Step& step, const typename Shared<Dim>::Tile& tile,
+                                          const Operands<Dim>& operands, uint64_t there, const Task& task, int warp_row,
+                                          int begin, const Limits& limits, const uint32_t (&queries)[Dim / 16][4],
+                                          Softmax& softmax, float (&weighted)[Dim / 8][4]) {
   float scores[tile_columns][4];
-  multiply_keys<Dim>(queries, tile.keys, scores);
+  multiply_keys<Dim>(queries, tile.keys, operands.key, scores);
   if (step.params.softcap > 0) {
 #pragma unroll
     for (int n = 0; n < tile_columns; ++n)
@@ -193,7 +198,7 @@ __device__ __forceinline__ void take_tile(const Step& step, const typename Share
   }
   uint32_t powers[tile_columns / 2][4];
   take_powers<Dim>(scores, softmax, weighted, powers);
-  multiply_values<Dim>(powers, tile.values, weighted);
+  multiply_values<Dim>(powers, tile.values, operands.value, weighted);
 }
 
 // ---- outputs -------------------------------------------------------------------------------------------------------------------
@@ -239,6 +244,7 @@ __device__ __forceinline__ void run_consumer(const Step& step, Shared<Dim>& shar
   int const warp = static_cast<int>(threadIdx.x) / 32;
   int const warp_row = warp * warp_rows;
   Task& task = shared.tasks[warp];
+  Operands<Dim> const operands;
   unsigned count = 0;  // tiles so far
   Limits& limits = shared.limits[warp];
   for_each_task(step, task, [&] {
@@ -257,10 +263,10 @@ __device__ __forceinline__ void run_consumer(const Step& step, Shared<Dim>& shar
         unsigned const stage = count % stages;
         gpu::wait(shared.filled[stage], count / stages & 1);
         if (begin < limits.some.end && begin + tile_tokens > limits.some.begin) {
-          const uint16_t* const parts = shared.there[stage];
-          uint64_t const there = parts[0] | static_cast<uint32_t>(parts[1]) << 16 |
-                                 static_cast<uint64_t>(parts[2] | static_cast<uint32_t>(parts[3]) << 16) << 32;
-          take_tile<Dim>(step, shared.tiles[stage], there, task, warp_row, begin, limits, queries, softmax, weighted);
+          uint2 const parts = *reinterpret_cast<const uint2*>(shared.there[stage]);
+          uint64_t const there = static_cast<uint64_t>(parts.y) << 32 | parts.x;
+          take_tile<Dim>(step, shared.tiles[stage], operands, there, task, warp_row, begin, limits, queries, softmax,
+                         weighted);
         }
         __syncwarp();  // all lanes have read it
         if (gpu::lane_id() == 0) gpu::arrive(shared.emptied[stage]);

@@ -112,12 +112,12 @@ struct Shared {
   };
   Tile tiles[stages];
   unsigned char queries[consumers][warp_rows * Shape<Dim>::row_bytes];
-  gpu::PhaseBarrier filled[stages];      // an arrival of each producer warp
-  gpu::PhaseBarrier emptied[stages];     // of each consumer warp
-  uint16_t there[stages][producers];     // a bit for each token of a tile that there is
-  Task tasks[consumers + producers];     // of each warp
-  Limits limits[consumers];              // of its rows, in the stretch
-  alignas(16) unsigned char tables[16];  // keys, then values, as by_code has them, where they fit
+  gpu::PhaseBarrier filled[stages];              // an arrival of each producer warp
+  gpu::PhaseBarrier emptied[stages];             // of each consumer warp
+  alignas(8) uint16_t there[stages][producers];  // a bit for each token of a tile that there is
+  Task tasks[consumers + producers];             // of each warp
+  Limits limits[consumers];                      // of its rows, in the stretch
+  alignas(16) unsigned char tables[16];          // keys, then values, as by_code has them, where they fit
 };
 
 __device__ __forceinline__ int tasks_of(const Step& step) {

@@ -47,7 +47,7 @@ int main() {
   std::string const document = read(path);
   unlink(path);
   // Four codecs of each operation, and one set of problems.
-  for (const char* operation : {"attend decode", "attend prefill", "encode", "decode"})
+  for (const char* operation : {"attend decode", "attend prefill", "attend prompt", "encode", "decode"})
     CHECK(count(document, "\"operation\":\"" + std::string(operation) + "\"") == 4, "%s: %s", operation,
           document.c_str());
   CHECK(count(document, "\"operation\":\"kmeans\"") == 1, "kmeans: %s", document.c_str());

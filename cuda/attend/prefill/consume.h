@@ -31,23 +31,49 @@ __device__ __forceinline__ void load_queries(const Step& step, const Task& task,
     *reinterpret_cast<uint16_t*>(staged + chunk_at<Dim>(row, channel / 8) + channel % 8 * 2) =
         static_cast<uint16_t>(bits);
   };
-#pragma unroll 2
-  for (int row = 0; row < warp_rows; ++row) {
-    int64_t const query = __shfl_sync(~0u, own_query, row);
-    int const position = sequence.first_query + __shfl_sync(~0u, own_token, row);
-    auto const element = [&](int channel) {
-      return load_element(sequence.queries, step.params.query_dtype, query + channel) * scale;
-    };
-    for (int pair = lane; pair < pairs; pair += 32) {
-      int const x = half ? pair : 2 * pair;
-      int const y = half ? pair + pairs : 2 * pair + 1;
-      float const amplitude = angles.amplitudes[pair];
-      float2 const turned = add_angles({element(x), element(y)}, position_angle(angles, position, pair));
-      store(row, x, turned.x * amplitude);
-      store(row, y, turned.y * amplitude);
+  int const dtype = step.params.query_dtype;
+  auto const load = [&](int row, int channel) {  // bits, so that nothing waits for them before all are asked for
+    int64_t const at = __shfl_sync(~0u, own_query, row) + channel;
+    if (channel >= step.params.head_dim) return 0u;
+    return dtype == COUPLET_FLOAT32 ? __ldg(static_cast<const unsigned*>(sequence.queries) + at)
+                                    : unsigned{__ldg(static_cast<const unsigned short*>(sequence.queries) + at)};
+  };
+  auto const value_of = [&](unsigned bits) {
+    auto const low = static_cast<uint16_t>(bits);
+    return (dtype == COUPLET_FLOAT32   ? __uint_as_float(bits)
+            : dtype == COUPLET_FLOAT16 ? __half2float(__ushort_as_half(low))
+                                       : __bfloat162float(__ushort_as_bfloat16(low))) *
+           scale;
+  };
+  // Some rows at a time, so that their loads are under way together.
+  constexpr int some = 8;
+#pragma unroll 1
+  for (int first = 0; first < warp_rows; first += some) {
+#pragma unroll 1
+    for (int column = 0; column < Dim - pairs; column += 32) {
+      int const pair = column + lane;
+      bool const rotated = pair < pairs;
+      int const x = !rotated ? pair + pairs : half ? pair : 2 * pair;
+      int const y = !rotated ? Dim : half ? pair + pairs : 2 * pair + 1;
+      float const amplitude = rotated ? angles.amplitudes[pair] : 1;
+      uint2 values[some];
+      float2 offsets[some];
+      float2 blocks[some];
+#pragma unroll
+      for (int i = 0; i < some; ++i) {
+        int const position = sequence.first_query + __shfl_sync(~0u, own_token, first + i);
+        values[i] = {load(first + i, x), load(first + i, y)};
+        offsets[i] = rotated ? angles.offsets[position % rotary_block * pairs + pair] : float2{1, 0};
+        blocks[i] = rotated ? block_angle(angles, position / rotary_block, pair) : float2{1, 0};
+      }
+#pragma unroll
+      for (int i = 0; i < some; ++i) {
+        float2 const turned =
+            add_angles({value_of(values[i].x), value_of(values[i].y)}, add_angles(offsets[i], blocks[i]));
+        if (x < Dim) store(first + i, x, turned.x * amplitude * amplitude);
+        if (y < Dim) store(first + i, y, turned.y * amplitude * amplitude);
+      }
     }
-    for (int channel = 2 * pairs + lane; channel < Dim; channel += 32)
-      store(row, channel, channel < step.params.head_dim ? element(channel) : 0);
   }
   __syncwarp();
 #pragma unroll
@@ -263,8 +289,8 @@ __device__ __forceinline__ void run_consumer(const Step& step, Shared<Dim>& shar
         unsigned const stage = count % stages;
         gpu::wait(shared.filled[stage], count / stages & 1);
         if (begin < limits.some.end && begin + tile_tokens > limits.some.begin) {
-          uint2 const parts = *reinterpret_cast<const uint2*>(shared.there[stage]);
-          uint64_t const there = static_cast<uint64_t>(parts.y) << 32 | parts.x;
+          uint64_t there;
+          memcpy(&there, shared.there[stage], sizeof there);
           take_tile<Dim>(step, shared.tiles[stage], operands, there, task, warp_row, begin, limits, queries, softmax,
                          weighted);
         }

@@ -40,12 +40,12 @@ couplet_status check(const couplet_attend_params* params, couplet_report* report
 enum class Body { general, lookup, gather, staged };
 
 // The lookup body needs both codebooks of a kv head in shared memory (sm_90, sm_100: 227 KB; sm_80 has 163), pages of 64 tokens
-// with rows on 16 bytes, and keys that it may rotate by their offset in a block alone, channel i with i + 64.
+// with rows on 16 bytes, and keys that it may rotate by their offset in a block alone, channel i with i + 64. Of more than 4 query heads of
+// a kv head it makes several passes, which is faster than `gather`'s one (decision 3).
 Body select(const couplet_attend_params& params) {
   int const channels = params.key_codec.group_channels;
   bool const shape =
-      params.head_dim == 128 && params.query_heads / params.kv_heads <= lookup_rows &&
-      params.key_codec.code_bits == 8 && params.value_codec.code_bits == 8 &&
+      params.head_dim == 128 && params.key_codec.code_bits == 8 && params.value_codec.code_bits == 8 &&
       params.value_codec.group_channels == channels && params.page_tokens == 64 &&
       (params.key_page_offset | params.key_page_stride | params.value_page_offset | params.value_page_stride) % 16 == 0;
   bool const tables = params.key_table && params.value_table && table_of(params.key_table)->by_code &&

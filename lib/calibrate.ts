@@ -56,7 +56,7 @@ export interface CalibrateOptions extends Omit<CaptureActivationsOptions, 'direc
   /**
    * `plain`: the weights and transforms that are asked for. `best`: fisher and attention weights (the latter alone where couplet cannot compute
    * the graph's gradients), with and without the transforms that they allow, and of all that what predicts the chunks held out best, tuned. Takes
-   * some ten times as long, and keeps one sample at a time. Default 'plain'.
+   * some five times as long, and keeps one sample at a time. Default 'plain'.
    */
   recipe?: 'plain' | 'best'
   /**

@@ -247,15 +247,23 @@ void check_dtypes(const CaseShape& shape, const char* body) {
   }
 }
 
-CaseShape llama(int32_t kv_heads, int32_t group_heads, std::vector<SequenceShape> sequences, int32_t channels = 8) {
-  return {.kv_heads = kv_heads,
+// Two kv heads, all channels rotated.
+CaseShape decode_shape(couplet_codec keys, couplet_codec values, int32_t head_dim, int32_t group_heads,
+                       std::vector<SequenceShape> sequences) {
+  return {.kv_heads = 2,
           .group_heads = group_heads,
-          .head_dim = 128,
-          .key_codec = {channels, 8},
-          .value_codec = {channels, 8},
+          .head_dim = head_dim,
+          .key_codec = keys,
+          .value_codec = values,
           .rotary_kind = COUPLET_ROTARY_HALF,
-          .rotary_dim = 128,
+          .rotary_dim = head_dim,
           .sequences = std::move(sequences)};
+}
+
+CaseShape llama(int32_t kv_heads, int32_t group_heads, std::vector<SequenceShape> sequences, int32_t channels = 8) {
+  CaseShape shape = decode_shape({channels, 8}, {channels, 8}, 128, group_heads, std::move(sequences));
+  shape.kv_heads = kv_heads;
+  return shape;
 }
 
 void lookup_shapes() {
@@ -293,14 +301,7 @@ void lookup_shapes() {
 }
 
 CaseShape gathered(int32_t channels, int32_t head_dim, int32_t group_heads, std::vector<SequenceShape> sequences) {
-  return {.kv_heads = 2,
-          .group_heads = group_heads,
-          .head_dim = head_dim,
-          .key_codec = {channels, 8},
-          .value_codec = {channels, 8},
-          .rotary_kind = COUPLET_ROTARY_HALF,
-          .rotary_dim = head_dim,
-          .sequences = std::move(sequences)};
+  return decode_shape({channels, 8}, {channels, 8}, head_dim, group_heads, std::move(sequences));
 }
 
 void gather_shapes() {
@@ -350,26 +351,14 @@ void gather_shapes() {
   check_dtypes(gathered(4, 64, 4, {{.before = 300, .sinks = 4, .window = 32}}), "gather");
 }
 
-CaseShape staged(couplet_codec keys, couplet_codec values, int32_t head_dim, int32_t group_heads,
-                 std::vector<SequenceShape> sequences) {
-  return {.kv_heads = 2,
-          .group_heads = group_heads,
-          .head_dim = head_dim,
-          .key_codec = keys,
-          .value_codec = values,
-          .rotary_kind = COUPLET_ROTARY_HALF,
-          .rotary_dim = head_dim,
-          .sequences = std::move(sequences)};
-}
-
 void staged_shapes() {
   couplet_codec const wide{8, 10};
   for (int32_t head_dim : {64, 80, 96, 128, 256})
-    check_case(staged(wide, wide, head_dim, 4, {{.before = 300, .sinks = 4, .window = 32}}), 1, "staged");
+    check_case(decode_shape(wide, wide, head_dim, 4, {{.before = 300, .sinks = 4, .window = 32}}), 1, "staged");
   // headDim 256, keys and values of different codecs, interleaved pairs, some channels, or none, that are rotated.
   for (int32_t channels : {2, 4, 8}) {
     couplet_codec const narrow{channels, 8};
-    CaseShape shape = staged(narrow, narrow, 256, 3, {{.before = 200, .sinks = 4, .window = 32}});
+    CaseShape shape = decode_shape(narrow, narrow, 256, 3, {{.before = 200, .sinks = 4, .window = 32}});
     check_case(shape, 2, "staged");
     shape.head_dim = 112;
     shape.rotary_kind = COUPLET_ROTARY_INTERLEAVED;
@@ -377,21 +366,21 @@ void staged_shapes() {
       shape.rotary_dim = rotary_dim;
       check_case(shape, 3, "staged");
     }
-    check_case(staged(narrow, wide, 96, 4, {{.before = 200, .sinks = 4, .window = 32}}), 4, "staged");
-    shape = staged(wide, narrow, 64, 7, {{.before = 200, .sinks = 4, .window = 32}});
+    check_case(decode_shape(narrow, wide, 96, 4, {{.before = 200, .sinks = 4, .window = 32}}), 4, "staged");
+    shape = decode_shape(wide, narrow, 64, 7, {{.before = 200, .sinks = 4, .window = 32}});
     shape.rotary_kind = channels == 2 ? COUPLET_ROTARY_INTERLEAVED : channels == 4 ? COUPLET_ROTARY_HALF : 0;
     shape.rotary_dim = 32;
     check_case(shape, 5, "staged");
   }
   // Several chapters and segments, ragged ends, no codes at all, a prompt between; 12 heads are two blocks.
-  CaseShape shape = staged(wide, wide, 64, 12,
-                           {{.before = 2300, .sinks = 4, .window = 33},
-                            {.before = 0},
-                            {.before = 100, .uncoded = true},
-                            {.before = 65, .queries = 0},
-                            {.before = 520, .sinks = 70, .window = 1},
-                            {.before = 20, .queries = 9, .sinks = 4, .window = 8},
-                            {.before = 1030, .window = 0, .coded_prefill = true}});
+  CaseShape shape = decode_shape(wide, wide, 64, 12,
+                                 {{.before = 2300, .sinks = 4, .window = 33},
+                                  {.before = 0},
+                                  {.before = 100, .uncoded = true},
+                                  {.before = 65, .queries = 0},
+                                  {.before = 520, .sinks = 70, .window = 1},
+                                  {.before = 20, .queries = 9, .sinks = 4, .window = 8},
+                                  {.before = 1030, .window = 0, .coded_prefill = true}});
   check_case(shape, 6, "staged");
   shape.key_codec = {4, 8};
   shape.local_window = 600;
@@ -401,10 +390,10 @@ void staged_shapes() {
   shape.tables = Tables::scaled;
   shape.query_scale = 3;
   check_case(shape, 8, "staged", 3);
-  shape = staged(wide, wide, 64, 8, {{.before = 9400, .sinks = 4, .window = 32}});
+  shape = decode_shape(wide, wide, 64, 8, {{.before = 9400, .sinks = 4, .window = 32}});
   shape.kv_heads = 1;
   check_case(shape, 9, "staged");
-  check_dtypes(staged(wide, wide, 128, 4, {{.before = 300, .sinks = 4, .window = 32}}), "staged");
+  check_dtypes(decode_shape(wide, wide, 128, 4, {{.before = 300, .sinks = 4, .window = 32}}), "staged");
 }
 
 void general_shapes() {
@@ -488,7 +477,8 @@ void prefill_shapes() {
   int32_t head_dim = 64;
   for (couplet_codec const keys : {couplet_codec{2, 8}, {4, 8}, {8, 8}, {8, 10}})
     for (couplet_codec const values : {couplet_codec{8, 10}, {2, 8}, {8, 8}, {4, 8}}) {
-      CaseShape shape = staged(keys, values, head_dim, 3, {{.before = 150, .queries = 45, .sinks = 4, .window = 16}});
+      CaseShape shape =
+          decode_shape(keys, values, head_dim, 3, {{.before = 150, .queries = 45, .sinks = 4, .window = 16}});
       if (head_dim == 96) shape.rotary_kind = COUPLET_ROTARY_INTERLEAVED, shape.rotary_dim = 36;
       if (head_dim == 80) shape.rotary_dim = 48;
       if (head_dim == 112) shape.rotary_kind = 0;

@@ -18,6 +18,10 @@ export function requireInteger(value: unknown, name: string, least: number, most
     throwExpected(`an integer from ${least} to ${most}`, name, value, typeof value === 'number')
 }
 
+export function requireBoolean(value: unknown, name: string): asserts value is boolean {
+  if (typeof value !== 'boolean') throwExpected('a boolean', name, value)
+}
+
 export function requireText(value: unknown, name: string): asserts value is string {
   if (typeof value !== 'string') throwExpected('a string', name, value)
 }

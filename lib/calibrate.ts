@@ -1,7 +1,7 @@
 import { stat } from 'node:fs/promises'
 import type { ChooseOptions } from './allocate/choose'
 import { checkChoice, chooseCodecs } from './allocate/choose'
-import { requireObject, requireText } from './arguments'
+import { requireBoolean, requireObject, requireText } from './arguments'
 import type { CaptureActivationsOptions, Captured, CommonOptions } from './calibrate/capture'
 import { capture, checkCapture, judgedChunks, memoryStores } from './calibrate/capture'
 import type { CalibrationSettings, ChosenCodecs } from './calibrate/checkpoint'
@@ -129,6 +129,7 @@ interface Attempt {
 async function calibrateOnce(options: CalibrateOptions, before: readonly TriedRecipe[] = []): Promise<Attempt> {
   const { length, points } = checkCapture(options)
   if (options.checkpoint !== undefined) requireText(options.checkpoint, 'checkpoint')
+  if (options.levels !== undefined) requireBoolean(options.levels, 'levels')
   using model = await DecoderModel.load(options.model, options.threads === undefined ? {} : { threads: options.threads })
   const choice = checkCodecs(options, model) // before the text is run, which may take long
   const reading = { directory: options.model, length, signal: options.signal }
@@ -165,7 +166,7 @@ async function calibrateOnce(options: CalibrateOptions, before: readonly TriedRe
 
 /** Undefined where it cannot be tuned and nobody has asked that it be. */
 async function tuneBest(captured: Captured, codebook: Codebook, options: CalibrateOptions, choice: ChooseOptions | undefined): Promise<Tuned | undefined> {
-  const { tune, threads, signal, onProgress } = options
+  const { tune, levels = true, threads, signal, onProgress } = options
   if (tune === false) return undefined
   const { length, seed } = checkCapture(options)
   const whole = (chunks: readonly (readonly number[])[]) => chunks.filter((chunk) => chunk.length === length)
@@ -177,7 +178,7 @@ async function tuneBest(captured: Captured, codebook: Codebook, options: Calibra
   const { batch = 4 } = tune ?? {}
   const steps = Math.min(280, Math.ceil((4 * learned.length) / batch))
   const { window = 0, sinks = 0 } = choice ? checkChoice(choice, captured.model.shape.headDim) : {}
-  const plan = checkTune({ window, sinks, steps, checkEvery: Math.ceil(steps / 14), seed: Number(BigInt.asUintN(53, BigInt(seed))), length, ...tune })
+  const plan = checkTune({ window, sinks, steps, checkEvery: Math.ceil(steps / 14), seed: Number(BigInt.asUintN(53, BigInt(seed))), length, levels, ...tune })
   const source = { model: captured.model, codebook, texts: [...learned, ...heldOut], heldOut: heldOut.length, text: captured.text }
   const checkpoint = options.checkpoint === undefined ? {} : { checkpoint: `${options.checkpoint}.tune` }
   return tuneChunks(source, plan, {
@@ -215,11 +216,11 @@ async function chosenCodecs(captured: Captured, choice: ChooseOptions, checkpoin
 /** All that decides what a codebook comes out as, but for the text. */
 async function settingsOf(model: DecoderModel, options: CalibrateOptions): Promise<CalibrationSettings> {
   const { seed, ...capturing } = checkCapture(options)
-  const { iterations = 100, device = 'cpu', gradients, recipe = 'plain', transforms = [] } = options
+  const { iterations = 100, device = 'cpu', gradients, recipe = 'plain', transforms = [], levels = true } = options
   const choice = checkCodecs(options, model)
   const file = gradients === undefined ? undefined : await stat(gradients)
   return {
-    model: model.fingerprint, ...capturing, seed: String(seed), iterations, device, recipe, transforms: transforms.join(' '),
+    model: model.fingerprint, ...capturing, seed: String(seed), iterations, device, recipe, transforms: transforms.join(' '), levels: Number(levels),
     ...(choice ? choiceSettings(choice, model) : codecSettings(options.codec, model)),
     gradients: file === undefined ? 'none' : `${file.size} bytes of ${file.mtime.toISOString()}`,
   }

@@ -1,4 +1,5 @@
 /** The JSON that travels in a codebook file, and its checks: the same for files and for what a program hands over. */
+import { requireBoolean } from './arguments'
 import type { Codec, CodecLike, HeadCodecs, HeadCodecsLike, LayerCodecs } from './codec'
 import { codec, commonCodec } from './codec'
 import type { TransformName } from './codebook-transforms'
@@ -36,6 +37,8 @@ export interface LearnedFrom {
   text?: string
   /** ISO 8601. */
   date?: string
+  /** Evenly spaced values that each channel of a group of values has at most, where kernels read such tables faster. */
+  levels?: number | undefined
   /** How codecs were chosen: for a budget in bits by channel, what their codes take of it, and the divergence expected, in natural logarithms a token. */
   chosen?: { budget: number; bits: number; loss: number; measure: 'divergence' | 'fisher'; sinks: number; window: number; candidates: readonly string[] }
   /** By `tune` afterwards: steps, tokens in full precision, and the hash of its text. */
@@ -179,7 +182,7 @@ function readRotary(json: Json, headDim: number): RotarySpec {
   const dim = readCount(members.get('dim'), 'rotary.dim', 2, headDim)
   if (dim % 2 !== 0) throwExpected('an even number', 'rotary.dim', dim, true)
   if (theta !== undefined && !(typeof theta === 'number' && theta > 0)) throwExpected('a number above 0', 'rotary.theta', theta, typeof theta === 'number')
-  if (scaled !== undefined && typeof scaled !== 'boolean') throwExpected('a boolean', 'rotary.scaled', scaled)
+  if (scaled !== undefined) requireBoolean(scaled, 'rotary.scaled')
   const kind = readOneOf(members.get('kind'), 'rotary.kind', ['half', 'interleaved'])
   return Object.freeze({ kind, dim, ...(theta !== undefined && { theta }), ...(scaled !== undefined && { scaled }) })
 }
@@ -190,6 +193,7 @@ function readLearned(json: Json): LearnedFrom {
   if (!/^\d{1,20}$/.test(seed)) throwExpected('decimal digits', 'learned.seed', seed, true)
   const text = members.get('text')
   const date = members.get('date')
+  const levels = members.get('levels')
   const tuned = members.get('tuned')
   const chosen = members.get('chosen')
   return Object.freeze({
@@ -199,6 +203,7 @@ function readLearned(json: Json): LearnedFrom {
     tokens: readCount(members.get('tokens'), 'learned.tokens', 0),
     ...(text !== undefined && { text: readText(text, 'learned.text') }),
     ...(date !== undefined && { date: readText(date, 'learned.date') }),
+    ...(levels !== undefined && { levels: readCount(levels, 'learned.levels', 2) }),
     ...(chosen !== undefined && { chosen: readChosen(chosen) }),
     ...(tuned !== undefined && { tuned: readTuned(tuned) }),
   })

@@ -1,10 +1,11 @@
 import { createHash } from 'node:crypto'
 
-import { requireCallOptions, requireInteger, requireObject } from './arguments'
+import { requireBoolean, requireCallOptions, requireInteger, requireObject } from './arguments'
 import type { Texts } from './calibrate/text'
 import { EvenChoice, TextReader } from './calibrate/text'
 import { Codebook } from './codebook'
 import type { Codec } from './codec'
+import { sideParts } from './codec'
 import { rangeError, throwExpected } from './errors'
 import { adamStep, groupSpreads } from './gradient/adam'
 import { sides } from './gradient/attention'
@@ -12,6 +13,7 @@ import type { CodedBatch, Tables } from './gradient/coded'
 import { CodedGradientModel } from './gradient/coded'
 import { DecoderModel } from './onnx/model'
 import { shuffled } from './shuffle'
+import { levelsOf, onLevels } from './transform/levels'
 import type { TuneProgressState, TuneSettings, TuneTables } from './tune-checkpoint'
 import { readCheckpoint, writeCheckpoint } from './tune-checkpoint'
 
@@ -59,6 +61,8 @@ export interface TuneOptions {
   checkEvery?: number
   /** Ends after so many judgements without a better one; while steps are large, several in a row may be none. Default 7. */
   patience?: number
+  /** Whether values end on levels, as `calibrate` has it, and are judged there. Default true. */
+  levels?: boolean
   /** Of the order of the chunks. Default 0. */
   seed?: number
   /** File that keeps the state after every judgement; a tuning with the same options, but for `patience`, goes on from it. It stays when the tuning is done. */
@@ -136,20 +140,21 @@ export async function tuneChunks({ model: reference, codebook, texts, heldOut, t
   codebook.check({ layers: shape.layers, kvHeads: shape.kvHeads, headDim: shape.headDim, rotary: shape.rotary, model: fingerprint })
   const { sinks, window } = plan
   using model = await CodedGradientModel.load(reference.file, { codebook, sinks, window, ...(options.threads !== undefined && { threads: options.threads }) })
-  const settings: TuneSettings = { model: fingerprint, codebook: createHash('sha256').update(codebook.toBuffer()).digest('hex'), text, ...plan, heldOut }
+  const start = createHash('sha256').update(codebook.toBuffer()).digest('hex')
+  const settings: TuneSettings = { model: fingerprint, codebook: start, text, ...plan, levels: Number(plan.levels), heldOut }
   delete settings['patience'] // whoever resumes may have more of it
   const tuning = new Tuning({ model, codebook, batches: new Batches(reference, texts, heldOut, plan), plan, settings })
   const state = await tuning.run(options)
   return { codebook: tuning.codebook(text, state), steps: state.step, bestStep: state.bestStep, before: state.before, after: state.best }
 }
 
-type PlanName = 'length' | 'batch' | 'together' | 'steps' | 'rate' | 'window' | 'sinks' | 'checkEvery' | 'patience' | 'seed'
+type PlanName = 'length' | 'batch' | 'together' | 'steps' | 'rate' | 'window' | 'sinks' | 'checkEvery' | 'patience' | 'levels' | 'seed'
 
 export type TunePlan = Required<Pick<TuneOptions, PlanName>> & { heldOut?: number }
 
 /** Options with their defaults. */
 export function checkTune(options: Omit<TuneOptions, 'model' | 'codebook' | 'text'>): TunePlan {
-  const { length = 512, batch = 4, steps = 280, rate = 0.02, window = 32, sinks = 4, checkEvery = 20, patience = 7, seed = 0, heldOut } = options
+  const { length = 512, batch = 4, steps = 280, rate = 0.02, window = 32, sinks = 4, checkEvery = 20, patience = 7, levels = true, seed = 0, heldOut } = options
   const { together = batch } = options
   requireInteger(length, 'length', 2)
   requireInteger(batch, 'batch', 1)
@@ -160,12 +165,13 @@ export function checkTune(options: Omit<TuneOptions, 'model' | 'codebook' | 'tex
   requireInteger(sinks, 'sinks', 0)
   requireInteger(checkEvery, 'checkEvery', 1)
   requireInteger(patience, 'patience', 1)
+  requireBoolean(levels, 'levels')
   requireInteger(seed, 'seed', 0)
   if (heldOut !== undefined) requireInteger(heldOut, 'heldOut', 1)
   if (typeof rate !== 'number' || !(rate > 0 && rate <= 1)) throwExpected('a number above 0, at most 1', 'rate', rate, typeof rate === 'number')
   requireCallOptions(options)
   if (options.checkpoint !== undefined && typeof options.checkpoint !== 'string') throwExpected('a path', 'checkpoint', options.checkpoint)
-  return { length, batch, together, steps, rate, window, sinks, checkEvery, patience, seed, ...(heldOut !== undefined && { heldOut }) }
+  return { length, batch, together, steps, rate, window, sinks, checkEvery, patience, levels, seed, ...(heldOut !== undefined && { heldOut }) }
 }
 
 /** Chunks in the order in which steps take them, with the logits that they are to have. */
@@ -269,14 +275,18 @@ class Tuning {
   codebook(text: string, { bestStep }: TuneProgressState): Codebook {
     const { codecs, kvHeads, headDim, metadata, transforms: names } = this.#start
     const transforms = Object.fromEntries(names.map((name) => [name, codecs.map((_, layer) => this.#start.transform(name, layer)!)]))
-    const { window, sinks } = this.#plan
-    const learned = metadata.learned && bestStep > 0 ? { ...metadata.learned, tuned: { steps: bestStep, window, sinks, text } } : metadata.learned
+    const { window, sinks, levels: isOnLevels } = this.#plan
+    const levels = isOnLevels ? levelsOf(codecs) : bestStep > 0 ? { levels: undefined } : {}
+    const tuned = bestStep > 0 && { tuned: { steps: bestStep, window, sinks, text } }
+    const learned = metadata.learned && { ...metadata.learned, ...levels, ...tuned }
     const { key, value } = this.#tables.best
     return Codebook.fromTables({ keyTables: key, valueTables: value, codecs, transforms, kvHeads, headDim, metadata: { ...metadata, learned } })
   }
 
   async #begin(signal: AbortSignal | undefined): Promise<TuneProgressState> {
-    const before = await this.#heldOutLoss(signal)
+    const tables = this.#usable()
+    const before = await this.#heldOutLoss(tables, signal)
+    this.#keep(tables)
     return { step: 0, before, best: before, bestStep: 0 }
   }
 
@@ -301,19 +311,30 @@ class Tuning {
   }
 
   async #judge(state: TuneProgressState, signal: AbortSignal | undefined): Promise<void> {
-    const loss = await this.#heldOutLoss(signal)
+    const tables = this.#usable()
+    const loss = await this.#heldOutLoss(tables, signal)
     if (!(loss < state.best)) return
     state.best = loss
     state.bestStep = state.step
-    const { current, best } = this.#tables
-    for (const side of sides) best[side].forEach((table, layer) => { table.set(current[side][layer]!) })
+    this.#keep(tables)
   }
 
-  async #heldOutLoss(signal: AbortSignal | undefined): Promise<number> {
+  /** The current tables as a cache would have them. */
+  #usable(): Tables {
+    const { key, value } = this.#tables.current
+    const { codecs, headDim } = this.#start
+    return this.#plan.levels ? { key, value: value.map((table, layer) => onLevels(table, sideParts(codecs[layer]!, 'value'), headDim)) } : { key, value }
+  }
+
+  #keep(tables: Tables): void {
+    for (const side of sides) this.#tables.best[side].forEach((table, layer) => { table.set(tables[side][layer]!) })
+  }
+
+  async #heldOutLoss(tables: Tables, signal: AbortSignal | undefined): Promise<number> {
     let sum = 0
     let texts = 0
     for await (const batch of this.#batches.heldOut(signal)) {
-      sum += await this.#model.run(batch, this.#tables.current, { signal }) * batch.texts.length
+      sum += await this.#model.run(batch, tables, { signal }) * batch.texts.length
       texts += batch.texts.length
     }
     return sum / texts

@@ -1,4 +1,4 @@
-import { requireCallOptions, requireObject, resultArray } from '../arguments'
+import { requireBoolean, requireCallOptions, requireObject, resultArray } from '../arguments'
 import { Codebook } from '../codebook'
 import type { CodebookShape, LearnedFrom } from '../codebook-metadata'
 import { readShape } from '../codebook-metadata'
@@ -13,6 +13,7 @@ import { kmeans } from '../kmeans'
 import { enterSide, measureSide, unmeasured } from '../transform/apply'
 import type { SideTransforms, TransformSource, TransformStep } from '../transform/learn'
 import { learnTransforms, needsGradients, transformSteps } from '../transform/learn'
+import { levelsOf, onLevels } from '../transform/levels'
 import type { Captured, CommonOptions } from './capture'
 import { requireModel } from './capture'
 import type { SideActivations } from './sample'
@@ -30,6 +31,11 @@ export interface LearnOptions extends CommonOptions, DeviceOptions {
    * `value.mix` makes the latter needless; `key.group` and `value.mix` learn from gradients where there are some.
    */
   transforms?: readonly TransformStep[]
+  /**
+   * Whether centroids of values end on 128 evenly spaced levels in each channel of their group (`value.levels`), where kernels read that faster:
+   * cq-8c8b. It costs less than two seeds differ by (docs/decisions/0005-transforms.md). Default true.
+   */
+  levels?: boolean | undefined
 }
 
 /** Shape of the rows of one layer and side. */
@@ -67,6 +73,8 @@ export interface LearnedSide {
 export async function* learnSides(captured: Captured, options: LearnOptions,
   readKnown?: (layer: number, side: Side) => Promise<Float32Array | undefined>): AsyncGenerator<LearnedSide> {
   requireCallOptions(options)
+  const { levels = true } = options
+  requireBoolean(levels, 'levels')
   const { sample, model } = captured
   const { layers, kvHeads, headDim, rotary } = model.shape
   const codecs = codecsOf(options.codec, model.shape)
@@ -80,7 +88,8 @@ export async function* learnSides(captured: Captured, options: LearnOptions,
       const known = await readKnown?.(layer, side)
       const activations = known === undefined || steps.length > 0 ? await sample.side(layer, side) : undefined
       const transforms = activations ? await transformsOf(activations, { ...shape, parts, rotary }, side, steps) : {}
-      const table = known ?? await learnParts(activations!, { ...shape, parts, transforms }, options, report)
+      const learned = known ?? await learnParts(activations!, { ...shape, parts, transforms }, options, report)
+      const table = levels && side === 'value' ? onLevels(learned, parts, headDim) : learned
       yield { layer, side, parts, table, transforms, known: known !== undefined }
       report(1)
     }
@@ -191,8 +200,9 @@ export async function learnTable(activations: SideActivations, place: SideShape 
 
 /** The codebook of tables that were learned from `captured`. */
 export function codebookOf({ model, weights, tokens, text }: Captured, options: LearnOptions, learned: readonly LearnedSide[]): Codebook {
-  const { iterations = 100, seed = 0, chosen } = options
+  const { iterations = 100, seed = 0, chosen, levels = true } = options
   const { kvHeads, headDim, rotary } = model.shape
+  const codecs = codecsOf(options.codec, model.shape)
   const ofSide = (side: Side) => learned.filter((one) => one.side === side)
   const tables = (side: Side) => ofSide(side).map(({ table }) => table)
   const every = <Member extends keyof SideTransforms>(side: Side, member: Member) => {
@@ -204,8 +214,11 @@ export function codebookOf({ model, weights, tokens, text }: Captured, options: 
     'key.metric': every('key', 'metric'), 'value.metric': every('value', 'metric'), 'value.mix': every('value', 'mix'), 'value.unmix': every('value', 'unmix'),
   }).filter(([, arrays]) => arrays))
   return Codebook.fromTables({
-    keyTables: tables('key'), valueTables: tables('value'), codecs: codecsOf(options.codec, model.shape), transforms, kvHeads, headDim,
-    metadata: { rotary, model: model.fingerprint, learned: { weights, iterations, seed: String(seed), tokens, text, ...(chosen && { chosen }) } },
+    keyTables: tables('key'), valueTables: tables('value'), codecs, transforms, kvHeads, headDim,
+    metadata: {
+      rotary, model: model.fingerprint,
+      learned: { weights, iterations, seed: String(seed), tokens, text, ...(levels && levelsOf(codecs)), ...(chosen && { chosen }) },
+    },
   })
 }
 

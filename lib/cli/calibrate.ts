@@ -30,6 +30,7 @@ interface Flags {
   recipe: 'plain' | 'best'
   transforms?: TransformStep[]
   tuneSteps?: number
+  levels: boolean
   points: number
   heldOut: number
   iterations: number
@@ -65,6 +66,7 @@ export function calibrateCommand(signal: AbortSignal): Command {
       .choices(['plain', 'best']).default('plain'))
     .addOption(new Option('--tune-steps <count>', 'with --recipe best: tuning; 0: none (default: each chunk 4 times, 280 at most)').argParser(integer(0)))
     .addOption(new Option('--transforms <names>', `steps beside the tables, by commas: ${transformSteps.join(', ')}`).argParser(steps))
+    .option('--no-levels', 'do not round values of cq-8c8b to 128 levels a channel, which GPUs read faster')
     .option('--gradients <file>', 'for fisher weights: gradients of this text, computed elsewhere (docs/gradients.md)')
     .addOption(new Option('--points <count>', 'tokens kept for learning, a uniform sample').default(32768).argParser(integer(1)))
     .addOption(new Option('--held-out <share>', 'share of the text to judge by and not to learn from, 0 to 0.5').default(0.1).argParser(share))

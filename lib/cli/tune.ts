@@ -17,6 +17,7 @@ interface Flags {
   window: number
   sinks: number
   patience: number
+  levels: boolean
   checkpoint?: string
   out: string
   seed: number
@@ -37,6 +38,7 @@ export function tuneCommand(signal: AbortSignal): Command {
     .addOption(windowOption())
     .addOption(sinksOption())
     .addOption(new Option('--patience <count>', 'ends after so many judgements, 20 steps apart, without a better one').default(7).argParser(integer(1)))
+    .option('--no-levels', 'do not round values of cq-8c8b to 128 levels a channel, which GPUs read faster')
     .option('--checkpoint <file>', 'keeps the state, and is removed at the end (default: <out>.checkpoint)')
     .requiredOption('--out <file>', 'codebook to write (safetensors)')
     .addOption(seedOption())

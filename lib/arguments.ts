@@ -22,6 +22,15 @@ export function requireBoolean(value: unknown, name: string): asserts value is b
   if (typeof value !== 'boolean') throwExpected('a boolean', name, value)
 }
 
+/** An integer of 64 bits, of which a number holds 53; more of a bigint are dropped. */
+export function requireSeed(value: unknown, name: string): asserts value is number | bigint {
+  if (typeof value !== 'bigint') requireInteger(value, name, 0, Number.MAX_SAFE_INTEGER)
+}
+
+export function requireList(value: unknown, name: string): asserts value is readonly unknown[] {
+  if (!Array.isArray(value)) throwExpected('an array', name, value)
+}
+
 export function requireText(value: unknown, name: string): asserts value is string {
   if (typeof value !== 'string') throwExpected('a string', name, value)
 }

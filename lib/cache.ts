@@ -1,5 +1,5 @@
 /** The KV cache of many sequences, coded, and the steps that new tokens enter it by. */
-import { isArray, requireArray, requireInteger, requireObject, resultArray } from './arguments'
+import { isArray, requireArray, requireInteger, requireList, requireObject, resultArray } from './arguments'
 import { Codebook } from './codebook'
 import type { RotarySpec } from './codebook'
 import type { MatrixName } from './codebook-transforms'
@@ -498,10 +498,6 @@ function elementsOf(value: unknown, name: string, dtype: ElementType, elements: 
   const kind = dtype === 'float32' ? 'Float32Array' : 'Uint16Array'
   const message = `Expected a ${kind} of ${elements} elements (${shape}) for \`${name}\` but received ${describe(value)}`
   throw ArrayBuffer.isView(value) ? rangeError(message) : typeError(message)
-}
-
-function requireList(value: unknown, name: string): void {
-  if (!Array.isArray(value)) throwExpected('an array', name, value)
 }
 
 function requireElements(value: unknown, name: string, elements: number, shape: string): asserts value is Float32Array {

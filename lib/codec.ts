@@ -1,4 +1,4 @@
-import { requireInteger } from './arguments'
+import { requireInteger, requireList } from './arguments'
 import { describe, rangeError, throwExpected } from './errors'
 
 /** How channels become codes: `groupChannels` neighbouring channels of a head share one code of `codeBits` bits. */
@@ -66,6 +66,17 @@ function parse(name: string): { groupChannels: number; codeBits: number } {
 function members(like: Exclude<CodecLike, string>): { groupChannels: number; codeBits: number } {
   if (typeof like !== 'object' || (like as unknown) === null) throwExpected('a name such as "cq-8c8b" or { groupChannels, codeBits }', 'codec', like)
   return like
+}
+
+/** Codecs that are given, every one of which has to fit a head, or those of `usual` that do. */
+export function codecsFor(headDim: number, given: readonly CodecLike[] | undefined, usual: readonly string[], name: string): Codec[] {
+  const fits = ({ groupChannels }: Codec): boolean => headDim % groupChannels === 0
+  if (given === undefined) return usual.map((like) => codec(like)).filter(fits)
+  requireList(given, name)
+  const codecs = given.map((like) => codec(like))
+  const wrong = codecs.find((candidate) => !fits(candidate))
+  if (wrong) throw rangeError(`Expected codecs whose group channels divide headDim ${headDim} for \`${name}\` but received "${wrong.name}"`)
+  return codecs
 }
 
 /** The codec of a side in all layers and heads, or undefined where they differ. */

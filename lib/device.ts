@@ -185,7 +185,10 @@ export class DeviceBuffer {
   #target<Kind extends AnyTypedArray>(out: Kind | ArrayClass<Kind>, options: ReadOptions): Kind {
     if (typeof out !== 'function') return out
     requireObject(options, 'options')
-    const { offset = 0, length = Math.max(0, Math.floor((this.bytes - offset) / out.BYTES_PER_ELEMENT)) } = options
+    if (!(out.BYTES_PER_ELEMENT > 0)) throwExpected('a typed array or the class of one', 'out', out)
+    const { offset = 0 } = options
+    requireInteger(offset, 'offset', 0, Number.MAX_SAFE_INTEGER)
+    const { length = Math.max(0, Math.floor((this.bytes - offset) / out.BYTES_PER_ELEMENT)) } = options
     requireInteger(length, 'length', 0, Number.MAX_SAFE_INTEGER)
     try {
       return new out(length)

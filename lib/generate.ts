@@ -3,7 +3,7 @@ import { requireModel } from './calibrate/capture'
 import { rangeError, throwExpected } from './errors'
 import { requireSignal } from './native/call'
 import type { DecoderModel } from './onnx/model'
-import type { Sequence } from './cache'
+import { Sequence } from './cache'
 import { loadTokenizer } from './tokenizer'
 
 export interface GenerateOptions {
@@ -17,12 +17,16 @@ export interface GenerateOptions {
   seed?: number
   /** Token ids that end the text. */
   stop?: readonly number[]
-  /** Sequence to write on; by default a fresh one that is dropped at the end. */
+  /** Sequence to write on, which holds the prompt and all that was written once the text has ended; by default a fresh one that is dropped then. */
   sequence?: Sequence
   signal?: AbortSignal
 }
 
-/** Writes on from a prompt; yields the text as it comes, in whole characters. */
+/**
+ * Writes on from a prompt; yields the text as it comes, in whole characters.
+ * @throws {TypeError | RangeError} `ERR_COUPLET_INVALID_ARGUMENT`
+ * @throws {CoupletError} `ERR_COUPLET_CACHE_FULL`, `ERR_COUPLET_BUSY` for a sequence that another run works on
+ */
 export async function* generate(model: DecoderModel, options: GenerateOptions): AsyncGenerator<string, void, void> {
   requireModel(model)
   requireObject(options, 'options')
@@ -30,20 +34,24 @@ export async function* generate(model: DecoderModel, options: GenerateOptions): 
   requireText(options.prompt, 'prompt')
   requireInteger(most, 'tokens', 0)
   requireInteger(seed, 'seed', 0, Number.MAX_SAFE_INTEGER)
-  if (!(temperature >= 0)) throwExpected('a number of at least 0', 'temperature', temperature, typeof temperature === 'number')
+  const isNumber = typeof temperature === 'number'
+  if (!isNumber || !(temperature >= 0)) throwExpected('a number of at least 0', 'temperature', temperature, isNumber)
   if (!Array.isArray(stop)) throwExpected('an array of token ids', 'stop', stop)
+  if (options.sequence !== undefined && !(options.sequence instanceof Sequence)) throwExpected('a Sequence', 'sequence', options.sequence)
   requireSignal(signal)
   const tokenizer = await loadTokenizer(options.directory)
   const prompt = tokenizer.encode(options.prompt)
   if (prompt.length === 0) throw rangeError('Expected a text of at least one token for `prompt` but received an empty one')
   const random = mulberry32(seed)
   const sequence = options.sequence ?? model.sequence()
+  const start = sequence.length
+  const run = (tokens: ArrayLike<number>) => model.run([{ sequence, tokens }], { logits: 'last', ...(signal && { signal }) })
   const written: number[] = []
   let shown = ''
   try {
     let next: ArrayLike<number> = prompt
     while (written.length < most) {
-      const { logits } = await model.run([{ sequence, tokens: next }], { logits: 'last', ...(signal && { signal }) })
+      const { logits } = await run(next)
       const token = pick(logits, temperature, random)
       if (stop.includes(token)) break
       written.push(token)
@@ -55,8 +63,9 @@ export async function* generate(model: DecoderModel, options: GenerateOptions): 
         shown = text
       }
     }
-    const rest = tokenizer.decode(written)
+    const rest = written.length > 0 ? tokenizer.decode(written) : ''
     if (rest.length > shown.length) yield rest.slice(shown.length)
+    if (options.sequence && sequence.length < start + prompt.length + written.length) await run(next)
   } finally {
     if (!options.sequence) sequence.dispose()
   }

@@ -1,11 +1,11 @@
 /** What a cache takes, before there is one. */
-import { requireInteger, requireObject } from './arguments'
+import { requireInteger, requireList, requireObject } from './arguments'
 import { Cache } from './cache'
 import { Codebook } from './codebook'
 import type { Codec, CodecLike, LayerCodecs } from './codec'
-import { codec as parseCodec, meanBits } from './codec'
+import { codecsFor, meanBits } from './codec'
 import { codesBytes } from './codes'
-import { rangeError, throwExpected } from './errors'
+import { throwExpected } from './errors'
 
 export interface PlanOptions {
   layers: number
@@ -77,10 +77,8 @@ export function plan(options: PlanOptions): PlannedCache[] {
   requireInteger(sinks, 'sinks', 0)
   requireInteger(window, 'window', 0)
   if (budget !== undefined) requireInteger(budget, 'budget', 1, Number.MAX_SAFE_INTEGER)
-  const fits = ({ groupChannels }: Codec): boolean => headDim % groupChannels === 0
-  const codecs = options.codecs?.map((like) => parseCodec(like)) ?? usualCodecs.map((name) => parseCodec(name)).filter(fits)
-  const wrong = codecs.find((codec) => !fits(codec))
-  if (wrong) throw rangeError(`Expected codecs whose group channels divide headDim ${headDim} but received "${wrong.name}"`)
+  if (options.codebooks !== undefined) requireList(options.codebooks, 'codebooks')
+  const codecs = codecsFor(headDim, options.codecs, usualCodecs, 'codecs')
 
   const channels = layers * 2 * kvHeads * headDim
   const planned = (name: string, codebookBytes: number, { pageBytes, rawBytes }: Sizes, peakOf: (length: number) => number): PlannedCache => {

@@ -24,14 +24,13 @@ export interface TextTokenizer {
 export async function loadTokenizer(directory: string): Promise<TextTokenizer> {
   requireText(directory, 'directory')
   const file = path.join(directory, 'tokenizer.json')
-  let definition: unknown
+  let tokenizer: InstanceType<typeof Untyped>
   try {
-    definition = JSON.parse(await readFile(file, 'utf8'))
+    const config = readFile(path.join(directory, 'tokenizer_config.json'), 'utf8').catch(() => '{}')
+    tokenizer = new Untyped(JSON.parse(await readFile(file, 'utf8')), JSON.parse(await config))
   } catch (error) {
     throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `Expected a tokenizer at ${file}, but: ${(error as Error).message}`, { cause: error })
   }
-  const config: unknown = JSON.parse(await readFile(path.join(directory, 'tokenizer_config.json'), 'utf8').catch(() => '{}'))
-  const tokenizer = new Untyped(definition, config)
   return {
     encode: (text) => tokenizer.encode(text, { add_special_tokens: false }).ids,
     decode: (ids) => tokenizer.decode([...ids], { skip_special_tokens: true }),

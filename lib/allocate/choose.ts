@@ -4,7 +4,7 @@ import { requireModel } from '../calibrate/capture'
 import { checkTransforms } from '../calibrate/learn'
 import type { LearnedFrom } from '../codebook-metadata'
 import type { Codec, CodecLike, HeadCodecs, LayerCodecs } from '../codec'
-import { codec as parseCodec } from '../codec'
+import { codecsFor } from '../codec'
 import { codesBytes } from '../codes'
 import type { DeviceOptions } from '../device'
 import { rangeError, throwExpected } from '../errors'
@@ -124,11 +124,8 @@ export function checkChoice(options: ChooseOptions, headDim: number): Choice {
   requireInteger(sinks, 'sinks', 0)
   requireInteger(window, 'window', 0)
   requireInteger(iterations, 'iterations', 0)
-  const fits = ({ groupChannels }: Codec): boolean => headDim % groupChannels === 0
-  const candidates = options.candidates?.map((like) => parseCodec(like)) ?? usualCandidates.map((name) => parseCodec(name)).filter(fits)
+  const candidates = codecsFor(headDim, options.candidates, usualCandidates, 'candidates')
   if (candidates.length === 0 || candidates.length > 255) throwExpected('1 to 255 codecs', 'candidates', candidates.length, true)
-  const wrong = candidates.find((codec) => !fits(codec))
-  if (wrong) throw rangeError(`Expected codecs whose group channels divide headDim ${headDim} for \`candidates\` but received "${wrong.name}"`)
   const least = Math.min(...candidates.map((codec) => codesBytes({ codec, tokens: pageTokens, kvHeads: 1, headDim }) * 8 / headDim / pageTokens))
   if (least > bits) throw rangeError(`Expected at least ${least}, which the smallest of the candidates takes, for \`bits\` but received ${bits}`)
   return { bits, per, measure, sinks, window, iterations, candidates }

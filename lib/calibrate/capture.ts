@@ -1,4 +1,4 @@
-import { requireCallOptions, requireInteger, requireObject } from '../arguments'
+import { requireCallOptions, requireInteger, requireObject, requireSeed } from '../arguments'
 import { CoupletError, rangeError, throwExpected } from '../errors'
 import type { Side } from '../gradient/attention'
 import { GradientFile } from '../gradient/file'
@@ -141,6 +141,7 @@ export function checkCapture(options: CaptureActivationsOptions): CapturePlan {
   const { length = 512, points = 32768, heldOut = 0.1, weights = 'uniform', gradients, seed = 0 } = options
   requireInteger(length, 'length', 1)
   requireInteger(points, 'points', 1)
+  requireSeed(seed, 'seed')
   if (typeof heldOut !== 'number' || !(heldOut >= 0 && heldOut <= 0.5)) throwExpected('a number from 0 to 0.5', 'heldOut', heldOut, typeof heldOut === 'number')
   requireCallOptions(options)
   if (!['uniform', 'attention', 'fisher'].includes(weights)) throwExpected('"uniform", "attention" or "fisher"', 'weights', weights)

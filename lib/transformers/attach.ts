@@ -1,5 +1,5 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
-import { requireInteger } from '../arguments'
+import { requireInteger, requireObject } from '../arguments'
 import type { CacheStatistics } from '../cache'
 import { Codebook } from '../codebook'
 import type { DeviceOptions } from '../device'
@@ -151,10 +151,13 @@ interface AttachmentParts {
  *   onnxruntime-node is missing or unsuitable.
  */
 export async function attach(model: PretrainedModel, options: AttachOptions = {}): Promise<Attachment> {
+  requireObject(options, 'options')
   const { codebooks, window, sinks, memory, threads, path, signal, device, deviceIndex, executionProvider } = options
   const { chunk = 1024, sequences = 16, original: fate = 'keep' } = options
   requireInteger(sequences, 'sequences', 0)
   requireInteger(chunk, 'chunk', 1)
+  const areCodebooks = codebooks === undefined || typeof codebooks === 'string' || codebooks instanceof Codebook
+  if (!areCodebooks) throwExpected('a Codebook or the path of its file', 'codebooks', codebooks)
   if (!['keep', 'release'].includes(fate)) throwExpected('"keep" or "release"', 'original', fate)
   const original = findSession(model)
   const { transformers, onnxruntime } = await findStack(model, original, options)
@@ -163,7 +166,7 @@ export async function attach(model: PretrainedModel, options: AttachOptions = {}
   signal?.throwIfAborted()
   const decoder = await DecoderModel.load(file, {
     onnxruntime,
-    ...(codebook && { codebook }),
+    ...(codebook !== undefined && { codebook }),
     ...(window !== undefined && { window }),
     ...(sinks !== undefined && { sinks }),
     ...(memory !== undefined && { memory }),
@@ -174,6 +177,7 @@ export async function attach(model: PretrainedModel, options: AttachOptions = {}
   })
   try {
     compareShapes(decoder, original, file)
+    if (findSession(model) !== original) throw unsupported('the session of this model was replaced while attach() loaded its graph')
     if (fate === 'release') await original.release()
   } catch (error) {
     decoder.dispose()

@@ -103,8 +103,9 @@ describe('plan', () => {
 
   it('refuses what no cache could have', () => {
     const refused = { code: 'ERR_COUPLET_INVALID_ARGUMENT' }
-    for (const change of [{ context: 0 }, { sequences: 0 }, { headDim: 33 }, { budget: 0 }, { sinks: -1 }, { codecs: ['cq-3c8b'] }, { window: 1.5 }]) {
-      assert.throws(() => plan({ ...shape, context: 10, ...change }), refused, JSON.stringify(change))
+    const counts = [{ context: 0 }, { sequences: 0 }, { headDim: 33 }, { budget: 0 }, { sinks: -1 }, { window: 1.5 }]
+    for (const change of [...counts, { codecs: ['cq-3c8b'] }, { codecs: 'cq-8c8b' }, { codebooks: {} }]) {
+      assert.throws(() => plan({ ...shape, context: 10, ...change } as never), refused, JSON.stringify(change))
     }
     assert.throws(() => plan(undefined as never), refused)
   })

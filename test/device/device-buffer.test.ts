@@ -84,11 +84,14 @@ describeOn('all', 'DeviceBuffer', (device) => {
     assert.deepEqual(await buffer.read(Uint8Array), encodeSync(rows, { ...shape, tables }))
   })
 
+  const buffer = () => DeviceBuffer.allocateSync({ bytes: 8, device })
   const refused: [string, () => unknown, object][] = [
     ['no options', () => DeviceBuffer.allocateSync(undefined as never), { name: 'TypeError', message: /`options`/ }],
     ['no bytes', () => DeviceBuffer.allocateSync({ bytes: 0, device }), { name: 'RangeError', message: /`bytes` but received 0/ }],
     ['half a byte', () => DeviceBuffer.allocateSync({ bytes: 0.5, device }), { name: 'RangeError', message: /`bytes`/ }],
     ['no array', () => DeviceBuffer.fromSync([1, 2] as never, { device }), { name: 'TypeError', message: /typed array for `array` but received an array/ }],
+    ['an offset that is none', () => buffer().readSync(Uint8Array, { offset: 1n as never }), { name: 'TypeError', message: /`offset` but received a bigint/ }],
+    ['a class of no typed array', () => buffer().readSync(Array as never), { name: 'TypeError', message: /`out` but received a function/ }],
     ['a device of another index', () => DeviceBuffer.allocateSync({ bytes: 8, device, deviceIndex: 99 }), { name: 'RangeError', message: /`deviceIndex`/ }],
     ['a negative index', () => DeviceBuffer.allocateSync({ bytes: 8, device, deviceIndex: -1 }), { name: 'RangeError', message: /`deviceIndex`/ }],
     [

@@ -102,9 +102,21 @@ describe('what attach() refuses', function () {
     assert.equal(attachment.statistics().sequences, 0)
   })
 
+  it('one of two calls at once, and the other goes on', async () => {
+    const calls = await Promise.allSettled([attach(model, { path: modelId }), attach(model, { path: modelId })])
+    const attached = calls.flatMap((call) => (call.status === 'fulfilled' ? [call.value] : []))
+    assert.equal(attached.length, 1)
+    assert.match(calls.map((call) => (call.status === 'rejected' ? String(call.reason) : '')).join(''), /attached already/)
+    attached[0]!.detach()
+    assert.ok(!Object.hasOwn(model, 'generate'))
+  })
+
   it('what is no model', async () => {
     for (const value of [undefined, null, {}, 'model']) await assert.rejects(attach(value as never), { code: 'ERR_COUPLET_INVALID_ARGUMENT' })
     await assert.rejects(attach(model, { path: modelId, sequences: -1 }), /`sequences`/)
+    await assert.rejects(attach(model, null as never), { code: 'ERR_COUPLET_INVALID_ARGUMENT', message: /`options`/ })
+    // Not in full precision without a word.
+    for (const codebooks of [null, false, 0]) await assert.rejects(attach(model, { path: modelId, codebooks: codebooks as never }), /`codebooks`/)
   })
 
   it('beam search, at the call', async () => {

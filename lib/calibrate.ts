@@ -1,11 +1,11 @@
 import { stat } from 'node:fs/promises'
 import type { ChooseOptions } from './allocate/choose'
 import { checkChoice, chooseCodecs } from './allocate/choose'
-import { requireBoolean, requireObject, requireText } from './arguments'
+import { requireBoolean, requireObject } from './arguments'
 import type { CaptureActivationsOptions, Captured, CommonOptions } from './calibrate/capture'
 import { capture, checkCapture, judgedChunks, memoryStores } from './calibrate/capture'
 import type { CalibrationSettings, ChosenCodecs } from './calibrate/checkpoint'
-import { CalibrationCheckpoint } from './calibrate/checkpoint'
+import { CalibrationCheckpoint, whileCheckpointLocked } from './calibrate/checkpoint'
 import type { LearnedSide, LearnOptions } from './calibrate/learn'
 import { codebookOf, codecsOf, learnSides } from './calibrate/learn'
 import type { TriedRecipe } from './calibrate/recipe'
@@ -61,7 +61,7 @@ export interface CalibrateOptions extends Omit<CaptureActivationsOptions, 'direc
   recipe?: 'plain' | 'best'
   /**
    * How the recipe `best` ends: as {@link tune}, on the chunks that were learned from, judged by those held out. By default every token is coded
-   * (with `bits`: sinks and window are those of `choose`), steps take each chunk 4 times and are 280 at most. `false`: it does not. Nor does it
+   * (with `bits`: sinks and window are those of `choose`), steps take each chunk 4 times and are 280 at most, and there are 14 judgements. `false`: it does not. Nor does it
    * where the graph's gradients cannot be computed, or the text is too short, unless it is asked for here.
    */
   tune?: false | RecipeTuning | undefined
@@ -95,7 +95,8 @@ export async function calibrate(options: CalibrateOptions): Promise<Calibrated> 
   if (!['plain', 'best'].includes(recipe)) throwExpected('"plain" or "best"', 'recipe', recipe)
   if (tune !== undefined && tune !== false) requireObject(tune, 'tune')
   if (tune !== undefined && recipe === 'plain') throw rangeError('Expected the recipe "best" beside `tune` but received "plain"')
-  return recipe === 'plain' ? (await calibrateOnce(options)).result! : calibrateBest(options)
+  const run = async () => recipe === 'plain' ? (await calibrateOnce(options)).result! : calibrateBest(options)
+  return options.checkpoint === undefined ? run() : whileCheckpointLocked(options.checkpoint, run)
 }
 
 /** With one kind of weights after the other. */
@@ -128,7 +129,6 @@ interface Attempt {
 /** @param before what the recipe `best` has tried already: tuned and reported is only what is better */
 async function calibrateOnce(options: CalibrateOptions, before: readonly TriedRecipe[] = []): Promise<Attempt> {
   const { length, points } = checkCapture(options)
-  if (options.checkpoint !== undefined) requireText(options.checkpoint, 'checkpoint')
   if (options.levels !== undefined) requireBoolean(options.levels, 'levels')
   using model = await DecoderModel.load(options.model, options.threads === undefined ? {} : { threads: options.threads })
   const choice = checkCodecs(options, model) // before the text is run, which may take long
@@ -176,7 +176,7 @@ async function tuneBest(captured: Captured, codebook: Codebook, options: Calibra
     throw rangeError(`Expected a text with chunks of ${length} tokens to learn from and to hold out for \`tune\` but received a shorter one`)
   }
   const { batch = 4 } = tune ?? {}
-  const steps = Math.min(280, Math.ceil((4 * learned.length) / batch))
+  const { steps = Math.min(280, Math.ceil((4 * learned.length) / batch)) } = tune ?? {}
   const { window = 0, sinks = 0 } = choice ? checkChoice(choice, captured.model.shape.headDim) : {}
   const plan = checkTune({ window, sinks, steps, checkEvery: Math.ceil(steps / 14), seed: Number(BigInt.asUintN(53, BigInt(seed))), length, levels, ...tune })
   const source = { model: captured.model, codebook, texts: [...learned, ...heldOut], heldOut: heldOut.length, text: captured.text }

@@ -1,7 +1,8 @@
 /** The state of a tuning as a safetensors file, from which it goes on as if it had not been interrupted. */
-import { readFile } from 'node:fs/promises'
+import { readFile, rm } from 'node:fs/promises'
 
 import { codeOf, rangeError } from './errors'
+import { unlessLocked } from './file-lock'
 import { writeAtomically } from './files'
 import { sides } from './gradient/attention'
 import type { Tables } from './gradient/coded'
@@ -64,6 +65,11 @@ export async function readCheckpoint(path: string, settings: TuneSettings, table
     if (!(error instanceof FormatError) && !(error instanceof SyntaxError)) throw error
     throw Object.assign(rangeError(`Expected a checkpoint of this tuning for \`checkpoint\` but received "${path}": ${error.message}`), { cause: error })
   }
+}
+
+/** Unless another tuning has begun with it since. */
+export async function removeTuneCheckpoint(path: string): Promise<void> {
+  await unlessLocked(path, 'checkpoint', () => rm(path, { force: true }))
 }
 
 function namedTables(tables: TuneTables): { name: string; data: Float32Array }[] {

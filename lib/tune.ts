@@ -7,6 +7,7 @@ import { Codebook } from './codebook'
 import type { Codec } from './codec'
 import { sideParts } from './codec'
 import { rangeError, throwExpected } from './errors'
+import { whileLocked } from './file-lock'
 import { adamStep, groupSpreads } from './gradient/adam'
 import { sides } from './gradient/attention'
 import type { CodedBatch, Tables } from './gradient/coded'
@@ -104,6 +105,11 @@ const keptLogitBytes = 2 ** 28
 export async function tune(options: TuneOptions): Promise<Tuned> {
   requireObject(options, 'options')
   const plan = checkTune(options)
+  const run = () => tuneText(options, plan)
+  return options.checkpoint === undefined ? run() : whileLocked(options.checkpoint, 'checkpoint', run)
+}
+
+async function tuneText(options: TuneOptions, plan: TunePlan): Promise<Tuned> {
   const reader = await TextReader.open(options.text, { directory: options.model, length: plan.length, signal: options.signal })
   const kept = new EvenChoice<number[]>(plan.steps * plan.batch + (plan.heldOut ?? mostHeldOut))
   for await (const { tokens } of reader.read()) if (tokens.length === plan.length) kept.add(tokens)

@@ -5,9 +5,11 @@
  */
 import { mkdir, open, readdir, readFile, rm, rmdir } from 'node:fs/promises'
 import { constants } from 'node:fs'
-import { join } from 'node:path'
+import { dirname, join, resolve } from 'node:path'
 
+import { requireText } from '../arguments'
 import { codeOf, rangeError } from '../errors'
+import { unlessLocked, whileLocked } from '../file-lock'
 import { writeAtomically } from '../files'
 import type { Side } from '../gradient/attention'
 import type { Chosen } from '../allocate/choose'
@@ -124,6 +126,23 @@ export class CalibrationCheckpoint implements CaptureCheckpoint, CaptureStores {
     const json = JSON.stringify({ format, settings: this.#settings, ...(this.#capture && { capture: this.#capture }) })
     await writeAtomically(join(this.#folder, stateFile), [new TextEncoder().encode(json)])
   }
+}
+
+/** Does what uses the folder, and those beside it that the recipe `best` makes, while no other process does. */
+export async function whileCheckpointLocked<Result>(folder: string, work: () => Promise<Result>): Promise<Result> {
+  requireText(folder, 'checkpoint')
+  await mkdir(dirname(resolve(folder)), { recursive: true })
+  return whileLocked(folder, 'checkpoint', work)
+}
+
+/** Removes what a calibration has left, unless another has begun with it since. */
+export async function removeCheckpoints(folder: string): Promise<void> {
+  await unlessLocked(folder, 'checkpoint', async () => {
+    for (const place of [folder, `${folder}.fisher`, `${folder}.attention`]) {
+      await removeCheckpoint(place)
+      await rm(`${place}.tune`, { force: true })
+    }
+  })
 }
 
 /** Removes a checkpoint and nothing else that may lie in its folder. */

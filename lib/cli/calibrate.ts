@@ -1,9 +1,9 @@
-import { access, constants, rm } from 'node:fs/promises'
+import { access, constants } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { Command, InvalidArgumentError, Option } from 'commander'
 import type { CalibrationProgress, CalibrationReport, PredictedText, TransformStep, TriedRecipe, WeightKind } from '../calibrate'
 import { calibrate } from '../calibrate'
-import { removeCheckpoint } from '../calibrate/checkpoint'
+import { removeCheckpoints } from '../calibrate/checkpoint'
 import type { Codebook } from '../codebook'
 import type { DeviceName } from '../device'
 import { writeAtomically } from '../files'
@@ -102,10 +102,7 @@ export function calibrateCommand(signal: AbortSignal): Command {
         progress.stop()
         await codebook.save(out)
         if (reportFile !== undefined) await writeAtomically(reportFile, [new TextEncoder().encode(`${JSON.stringify({ ...report, tried, tuned }, null, 2)}\n`)])
-        for (const folder of [checkpoint, ...(tried ?? []).map(({ weights }) => `${checkpoint}.${weights}`)]) {
-          await removeCheckpoint(folder)
-          await rm(`${folder}.tune`, { force: true })
-        }
+        await removeCheckpoints(checkpoint)
         console.log(`${out}: ${codecNames(report)}, ${codebook.layers} layers, ${codebook.kvHeads} kv heads, headDim ${codebook.headDim}`)
         printChoice(codebook)
         if (codebook.transforms.length > 0) console.log(`transforms      ${codebook.transforms.join(', ')}`)

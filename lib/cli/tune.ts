@@ -1,7 +1,8 @@
-import { access, constants, rm } from 'node:fs/promises'
+import { access, constants } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { Command, Option } from 'commander'
 import { tune } from '../tune'
+import { removeTuneCheckpoint } from '../tune-checkpoint'
 import { integer, lengthOption, modelOption, positiveNumber, seedOption, sinksOption, textInputs, textOption, threadsOption, windowOption } from './options'
 import { Progress } from './progress'
 
@@ -58,7 +59,7 @@ export function tuneCommand(signal: AbortSignal): Command {
         })
         progress.stop()
         await codebook.save(out)
-        await rm(checkpoint, { force: true })
+        await removeTuneCheckpoint(checkpoint)
         console.log(`${out}: KL divergence of held-out text ${before.toFixed(5)} before, ${after.toFixed(5)} after ${bestStep} of ${steps} steps`)
         codebook.dispose()
       } finally {

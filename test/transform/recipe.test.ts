@@ -1,6 +1,6 @@
 // What is learned: channels that no longer correlate, groups of equal weight, metrics of gradients; and the recipe that tries them.
 import assert from 'node:assert/strict'
-import { mkdtempSync, rmSync } from 'node:fs'
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 
@@ -159,6 +159,17 @@ describe('the recipe best', function () {
     const again = await once()
     assert.equal(steps.length, shown)
     assert.deepEqual(again.codebook.toBuffer(), codebook.toBuffer())
+    rmSync(folder, { recursive: true })
+  })
+
+  it('judges some 14 times, however many steps are asked for', async () => {
+    const folder = mkdtempSync(join(tmpdir(), 'couplet-recipe-'))
+    const checkpoint = join(folder, 'state')
+    // Each of some 38 chunks 4 times would be 38 steps, and a judgement after every third.
+    const { tuned } = await calibrate({ ...options, length: 32, recipe: 'best', transforms: [], tune: { steps: 2 }, checkpoint })
+    assert.equal(tuned!.steps, 2)
+    const states = readdirSync(folder).filter((name) => name.endsWith('.tune')).map((name) => readFileSync(join(folder, name), 'latin1'))
+    assert.ok(states.length > 0 && states.every((state) => state.includes('\\"checkEvery\\":1,')))
     rmSync(folder, { recursive: true })
   })
 

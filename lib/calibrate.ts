@@ -61,8 +61,8 @@ export interface CalibrateOptions extends Omit<CaptureActivationsOptions, 'direc
   recipe?: 'plain' | 'best'
   /**
    * How the recipe `best` ends: as {@link tune}, on the chunks that were learned from, judged by those held out. By default every token is coded
-   * (with `bits`: sinks and window are those of `choose`), steps take each chunk 4 times and are 280 at most, and there are 14 judgements. `false`: it does not. Nor does it
-   * where the graph's gradients cannot be computed, or the text is too short, unless it is asked for here.
+   * (with `bits`: sinks and window are those of `choose`), steps take each chunk 4 times and are 280 at most, and there are 14 judgements.
+   * `false`: it does not. Nor does it where the graph's gradients cannot be computed, or the text is too short, unless it is asked for here.
    */
   tune?: false | RecipeTuning | undefined
 }

@@ -5,7 +5,7 @@ import { nativeTests } from './native-tests.mjs'
 import { installDependencies, step } from './setup.mjs'
 
 installDependencies()
-const native = nativeTests()
+const native = await nativeTests()
 step('type-checking lib, test and bench', process.execPath, ['node_modules/typescript/bin/tsc', '-p', '.'])
 step('compiling lib/ to dist/', process.execPath, ['scripts/build-lib.mjs'])
 console.log('\n> mocha')

@@ -28,7 +28,8 @@ export async function abortable<Result>(
 }
 
 export function requireSignal(signal: unknown): asserts signal is AbortSignal | undefined {
-  const isSignal = typeof signal === 'object' && signal !== null && 'aborted' in signal && 'addEventListener' in signal
+  // Also one of another realm; not one of before 2022, without a reason.
+  const isSignal = typeof signal === 'object' && signal !== null && 'throwIfAborted' in signal && 'addEventListener' in signal
   if (signal !== undefined && !isSignal) throwExpected('an AbortSignal', 'signal', signal)
 }
 

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <utility>
 
 #include "../common/report.h"
 #include "instance.h"
@@ -96,8 +97,8 @@ void Worker::deliver_progress(Napi::Env env) {
     on_progress_.Value().Call({Napi::Number::New(env, static_cast<double>(progress.done)),
                                Napi::Number::New(env, static_cast<double>(progress.total)),
                                Napi::Number::New(env, progress.problem), Napi::Number::New(env, progress.iteration)});
-  } catch (const Napi::Error& error) {
-    thrown_ = error;
+  } catch (Napi::Error& error) {
+    thrown_ = std::move(error);  // not copied: Napi::Error cannot assign a copy of what is no object (`throw 'enough'`)
     stop();
   }
 }

@@ -79,13 +79,13 @@ type Reads = Generator<{ offset: number; into: Uint8Array }, CodebookContents, v
 function* contents(fileBytes: number): Reads {
   const length = new Uint8Array(Math.min(lengthBytes, fileBytes))
   yield { offset: 0, into: length }
-  const headerText = new Uint8Array(sound(() => headerBytes(length, fileBytes)))
+  const headerText = new Uint8Array(headerBytes(length, fileBytes))
   yield { offset: lengthBytes, into: headerText }
-  const header = sound(() => parseHeader(headerText, fileBytes))
+  const header = parseHeader(headerText, fileBytes)
   const { shape, metadata, orders } = described(header)
   const steps = new Map(shape.transforms.filter(isMatrixName).map((name): [MatrixName, Float32Array[]] => [name, []]))
   const wanted = (2 + steps.size) * shape.codecs.reduce((count, parts) => count + parts.length, 0)
-  if (header.tensors.size !== wanted) throw invalid(`it has ${header.tensors.size} tensors, not ${wanted}, for ${shape.layers} layers`)
+  if (header.tensors.size !== wanted) throw new FormatError(`it has ${header.tensors.size} tensors, not ${wanted}, for ${shape.layers} layers`)
   const keyTables: Float32Array[] = []
   const valueTables: Float32Array[] = []
   for (let layer = 0; layer < shape.layers; layer++) {
@@ -95,30 +95,25 @@ function* contents(fileBytes: number): Reads {
   }
   const transforms: Transforms = { ...(orders && { 'key.group': orders }), ...Object.fromEntries(steps) }
   const wrong = wrongInverse(transforms, shape.headDim)
-  if (wrong !== undefined) throw invalid(`value.unmix of layer ${wrong} does not undo value.mix`)
+  if (wrong !== undefined) throw new FormatError(`value.unmix of layer ${wrong} does not undo value.mix`)
   return { shape, metadata, keyTables, valueTables, transforms }
 }
 
-function sound<Result>(read: () => Result): Result {
-  try {
-    return read()
-  } catch (error) {
-    throw error instanceof FormatError ? invalid(error.message, error.cause) : error
-  }
-}
-
-function invalid(why: string, cause?: unknown): CoupletError {
-  return new CoupletError('ERR_COUPLET_CODEBOOK_INVALID', `This is not a codebook that couplet can read: ${why}`, { cause })
+/** @param name of what was read, at the beginning of a sentence */
+function invalid(name: string, error: unknown): unknown {
+  if (!(error instanceof FormatError)) return error
+  const { message, cause } = error
+  return new CoupletError('ERR_COUPLET_CODEBOOK_INVALID', `${name} is not a codebook that couplet can read: ${message}`, { cause })
 }
 
 function described({ metadata }: Header): ReturnType<typeof readMetadata> {
   const text = metadata.get('couplet')
-  if (text === undefined) throw invalid('its __metadata__ has no "couplet"')
+  if (text === undefined) throw new FormatError('its __metadata__ has no "couplet"')
   try {
     return readMetadata(parseJson(text))
   } catch (cause) {
     if (codeOf(cause) === 'ERR_COUPLET_CODEBOOK_MISMATCH') throw cause
-    throw invalid((cause as Error).message, cause)
+    throw new FormatError((cause as Error).message, cause)
   }
 }
 
@@ -127,9 +122,9 @@ type TableReads = Generator<{ offset: number; into: Uint8Array }, Float32Array, 
 function* table(header: Header, wanted: readonly PartTensor[], dtypes: readonly TensorType[]): TableReads {
   const parts = wanted.map(({ name, shape: expected, begin, end }) => {
     const tensor = header.tensors.get(name)
-    if (tensor === undefined) throw invalid(`it has no tensor "${name}"`)
-    if (tensor.shape.join() !== expected.join()) throw invalid(`tensor "${name}" has shape [${tensor.shape.join(', ')}], not [${expected.join(', ')}]`)
-    if (!dtypes.some((dtype) => dtype === tensor.dtype)) throw invalid(`tensor "${name}" has dtype ${tensor.dtype}, not ${dtypes.join(' or ')}`)
+    if (tensor === undefined) throw new FormatError(`it has no tensor "${name}"`)
+    if (tensor.shape.join() !== expected.join()) throw new FormatError(`tensor "${name}" has shape [${tensor.shape.join(', ')}], not [${expected.join(', ')}]`)
+    if (!dtypes.some((dtype) => dtype === tensor.dtype)) throw new FormatError(`tensor "${name}" has dtype ${tensor.dtype}, not ${dtypes.join(' or ')}`)
     return { name, tensor, begin, end }
   })
   // Only now, when the file is known to have all of it.
@@ -139,27 +134,31 @@ function* table(header: Header, wanted: readonly PartTensor[], dtypes: readonly 
     const raw = tensor.dtype === 'F16' ? new Uint16Array(place.length) : place
     yield { offset: header.dataOffset + tensor.begin, into: new Uint8Array(raw.buffer, raw.byteOffset, raw.byteLength) }
     if (raw instanceof Uint16Array) place.set(float32FromFloat16(raw))
-    if (!place.every(Number.isFinite)) throw invalid(`tensor "${name}" has a NaN or an infinity`)
+    if (!place.every(Number.isFinite)) throw new FormatError(`tensor "${name}" has a NaN or an infinity`)
   }
   return values
 }
 
 export function readBuffer(data: Uint8Array): CodebookContents {
-  const reads = contents(data.length)
-  let step = reads.next()
-  while (!step.done) {
-    const { offset, into } = step.value
-    into.set(data.subarray(offset, offset + into.length))
-    step = reads.next()
+  try {
+    const reads = contents(data.length)
+    let step = reads.next()
+    while (!step.done) {
+      const { offset, into } = step.value
+      into.set(data.subarray(offset, offset + into.length))
+      step = reads.next()
+    }
+    return step.value
+  } catch (error) {
+    throw invalid('This', error)
   }
-  return step.value
 }
 
 export function readFileSync(path: string): CodebookContents {
   const file = openSync(path, readFlags)
   try {
     const stat = fstatSync(file)
-    if (!stat.isFile()) throw invalid(`${path} is not a file`)
+    if (!stat.isFile()) throw new FormatError('it is not a file')
     const reads = contents(stat.size)
     let step = reads.next()
     while (!step.done) {
@@ -168,6 +167,8 @@ export function readFileSync(path: string): CodebookContents {
       step = reads.next()
     }
     return step.value
+  } catch (error) {
+    throw invalid(path, error)
   } finally {
     closeSync(file)
   }
@@ -177,7 +178,7 @@ export async function readFile(path: string, signal?: AbortSignal): Promise<Code
   const file = await open(path, readFlags)
   try {
     const stat = await file.stat()
-    if (!stat.isFile()) throw invalid(`${path} is not a file`)
+    if (!stat.isFile()) throw new FormatError('it is not a file')
     const reads = contents(stat.size)
     let step = reads.next()
     while (!step.done) {
@@ -187,13 +188,15 @@ export async function readFile(path: string, signal?: AbortSignal): Promise<Code
       step = reads.next()
     }
     return step.value
+  } catch (error) {
+    throw invalid(path, error)
   } finally {
     await file.close()
   }
 }
 
 function some(bytesRead: number): number {
-  if (bytesRead === 0) throw invalid('the file became shorter while it was read')
+  if (bytesRead === 0) throw new FormatError('the file became shorter while it was read')
   return bytesRead
 }
 

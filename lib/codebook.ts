@@ -1,4 +1,4 @@
-import { isArray, requireObject, requireText } from './arguments'
+import { isArray, requireInteger, requireObject, requireText } from './arguments'
 import type { CodebookContents } from './codebook-file'
 import { readBuffer, readFile, readFileSync, tableElements, writeBuffer, writeFile, writeFileSync } from './codebook-file'
 import type { CodebookMetadata, CodebookShape, GivenCodecs, KeyOrders, LearnedFrom, RotarySpec } from './codebook-metadata'
@@ -264,10 +264,13 @@ function checkedTable(table: unknown, name: string, layer: number, elements: num
 }
 
 function tableOf<Table>(tables: readonly Table[], layer: number): Table {
-  return tables[layer] ?? throwExpected(`an integer from 0 to ${tables.length - 1}`, 'layer', layer, typeof layer === 'number')
+  requireInteger(layer, 'layer', 0, tables.length - 1)
+  return tables[layer]!
 }
 
-function tensorType({ dtype = 'F32' }: SaveOptions): TensorType {
+function tensorType(options: SaveOptions): TensorType {
+  requireObject(options, 'options')
+  const { dtype = 'F32' } = options
   if (!['F16', 'F32'].includes(dtype)) throwExpected('"F16" or "F32"', 'dtype', dtype, typeof dtype === 'string')
   return dtype
 }

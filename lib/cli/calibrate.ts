@@ -1,5 +1,4 @@
-import { access, constants } from 'node:fs/promises'
-import { dirname, resolve } from 'node:path'
+import { rmdir } from 'node:fs/promises'
 import { Command, InvalidArgumentError, Option } from 'commander'
 import type { CalibrationProgress, CalibrationReport, PredictedText, TransformStep, TriedRecipe, WeightKind } from '../calibrate'
 import { calibrate } from '../calibrate'
@@ -11,6 +10,7 @@ import { transformSteps } from '../transform/learn'
 import {
   codecName, deviceIndexOption, deviceOption, integer, lengthOption, modelOption, positiveNumber, seedOption, textInputs, textOption, threadsOption,
 } from './options'
+import { checkOutput } from './output'
 import { Progress } from './progress'
 
 interface Flags {
@@ -78,17 +78,18 @@ export function calibrateCommand(signal: AbortSignal): Command {
     .addOption(threadsOption())
     .addOption(deviceOption())
     .addOption(deviceIndexOption())
-    .action(async (flags: Flags) => {
+    .action(async (flags: Flags, command: Command) => {
       const progress = new Progress()
       const { text, evalText, out, report: reportFile, checkpoint = `${out}.checkpoint`, tuneSteps, ...others } = flags
       const { codec = 'cq-8c8b', bits, candidates, per, measure, sinks, window, ...rest } = others
       const choose = { candidates, per, measure, sinks, window }
       if (bits === undefined && Object.values(choose).some((given) => given !== undefined)) {
-        throw new Error('--candidates, --per, --measure, --sinks and --window go with --bits')
+        command.error('error: --candidates, --per, --measure, --sinks and --window go with --bits')
       }
-      if (tuneSteps !== undefined && flags.recipe !== 'best') throw new Error('--tune-steps goes with --recipe best')
+      if (text.includes('-') && evalText?.includes('-')) command.error('error: standard input can be read once only')
+      if (tuneSteps !== undefined && flags.recipe !== 'best') command.error('error: --tune-steps goes with --recipe best')
       try {
-        for (const file of [out, reportFile ?? out]) await access(dirname(resolve(file)), constants.W_OK) // said before hours of learning, not after
+        for (const file of [out, reportFile ?? out]) await checkOutput(file)
         const { codebook, report, tried, tuned } = await calibrate({
           ...rest,
           ...(bits === undefined ? { codec } : { bits, choose }),
@@ -112,6 +113,7 @@ export function calibrateCommand(signal: AbortSignal): Command {
         codebook.dispose()
       } finally {
         progress.stop()
+        await rmdir(checkpoint).catch(() => undefined) // where nothing was begun: a folder with a state in it stays
       }
     })
 }

@@ -10,7 +10,7 @@ import { type QualityPoint, type QualitySubject, readQualityResults, textHash } 
 import { qualityPage } from '../inspect/quality-page'
 import { openDecoder } from '../onnx/decoder'
 import { deviceIndexOption, deviceOption, integer, lengthOption, modelOption, sinksOption, threadsOption, windowOption } from './options'
-import { checkPage, writePage } from './page'
+import { checkPage, writePage } from './output'
 import { Progress } from './progress'
 
 interface Flags {

@@ -3,7 +3,7 @@ import { Command, Option } from 'commander'
 import { inspect } from '../inspect/inspect'
 import { inspectionPage } from '../inspect/inspection-page'
 import { integer, lengthOption, modelOption, seedOption, sinksOption, threadsOption, windowOption } from './options'
-import { checkPage, writePage } from './page'
+import { checkPage, writePage } from './output'
 import { Progress } from './progress'
 
 interface Flags {

@@ -8,6 +8,8 @@ import { inspectCommand } from './inspect'
 import { planCommand } from './plan'
 import { tuneCommand } from './tune'
 
+const outputClosed = new Error('nobody reads the output any more')
+
 /**
  * Runs the `couplet` command.
  *
@@ -18,6 +20,12 @@ export async function main(argv: readonly string[]): Promise<number> {
   const cancel = new AbortController()
   const onInterrupt = () => { cancel.abort() }
   process.once('SIGINT', onInterrupt)
+  process.stdout.on('error', (error: NodeJS.ErrnoException) => { // may come after main has returned
+    cancel.abort(outputClosed)
+    if (error.code === 'EPIPE') return // `couplet generate | head`: the reader has what it wants
+    console.error(`couplet: the output cannot be written: ${error.message}`)
+    process.exitCode = 1
+  })
   const program = new Command('couplet')
     .description('KV caches of language models at 4 down to 1 bit per channel')
     .version(packageVersion)
@@ -36,6 +44,7 @@ export async function main(argv: readonly string[]): Promise<number> {
     return 0
   } catch (error) {
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2
+    if (cancel.signal.reason === outputClosed) return 0
     if (cancel.signal.aborted) {
       console.error('couplet: cancelled')
       return 1

@@ -39,11 +39,13 @@ export const sinksOption = (): Option => new Option('--sinks <tokens>', 'first t
 
 /** A file that may be named more than once. */
 export function textOption(flags: string, description: string): Option {
-  return new Option(flags, description).argParser((file: string, before: string[] | undefined) => [...(before ?? []), file])
+  return new Option(flags, description).argParser((file: string, before: string[] = []) => {
+    if (file === '-' && before.includes('-')) throw new InvalidArgumentError('Standard input can be read once only.')
+    return [...before, file]
+  })
 }
 
 /** Files, or standard input where the name is a dash. */
 export function textInputs(names: readonly string[]): TextInput[] {
-  if (names.filter((name) => name === '-').length > 1) throw new Error('Standard input can be read once only')
   return names.map((name) => (name === '-' ? process.stdin : { file: name }))
 }

@@ -9,7 +9,7 @@ import { planPage } from '../inspect/plan-page'
 import { type ModelShape, modelShape } from '../onnx/decoder'
 import { plan, type PlannedCache } from '../plan'
 import { codecName, integer, sinksOption, windowOption } from './options'
-import { checkPage, writePage } from './page'
+import { checkPage, writePage } from './output'
 
 interface Flags {
   model: string
@@ -55,14 +55,22 @@ async function shapeOf(directory: string): Promise<Shape> {
   const config = join(directory, 'config.json')
   const graphs = [join(directory, 'onnx', 'model.onnx'), join(directory, 'model.onnx')]
   if (!existsSync(config) || graphs.some((graph) => existsSync(graph))) return modelShape(directory)
-  const text = await readFile(config, 'utf8')
-  const { num_hidden_layers: layers, num_attention_heads: queryHeads, hidden_size: hidden, ...rest } = JSON.parse(text) as Record<string, number | undefined>
+  const { num_hidden_layers: layers, num_attention_heads: queryHeads, hidden_size: hidden, ...rest } = await readConfig(config)
   const kvHeads = rest.num_key_value_heads ?? queryHeads
   const headDim = rest.head_dim ?? (hidden ?? NaN) / (queryHeads ?? NaN)
   if (layers === undefined || kvHeads === undefined || !Number.isInteger(headDim)) {
     throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `${config} does not say how many layers, kv heads and channels of a head the model has`)
   }
   return { layers, kvHeads, headDim }
+}
+
+async function readConfig(file: string): Promise<Record<string, number | undefined>> {
+  const text = await readFile(file, 'utf8')
+  try {
+    return Object(JSON.parse(text)) as Record<string, number | undefined>
+  } catch (cause) {
+    throw new CoupletError('ERR_COUPLET_UNSUPPORTED_MODEL', `${file} is not JSON: ${(cause as Error).message}`, { cause })
+  }
 }
 
 const units: Record<string, number> = { '': 1, k: 1e3, m: 1e6, g: 1e9, t: 1e12, ki: 2 ** 10, mi: 2 ** 20, gi: 2 ** 30, ti: 2 ** 40 }

@@ -1,9 +1,8 @@
-import { access, constants } from 'node:fs/promises'
-import { dirname, resolve } from 'node:path'
 import { Command, Option } from 'commander'
 import { tune } from '../tune'
 import { removeTuneCheckpoint } from '../tune-checkpoint'
 import { integer, lengthOption, modelOption, positiveNumber, seedOption, sinksOption, textInputs, textOption, threadsOption, windowOption } from './options'
+import { checkOutput } from './output'
 import { Progress } from './progress'
 
 interface Flags {
@@ -48,7 +47,7 @@ export function tuneCommand(signal: AbortSignal): Command {
       const progress = new Progress()
       const { codebooks, out, checkpoint = `${out}.checkpoint`, ...rest } = flags
       try {
-        await access(dirname(resolve(out)), constants.W_OK)
+        await checkOutput(out)
         const { codebook, steps, bestStep, before, after } = await tune({
           ...rest,
           text: textInputs(flags.text),

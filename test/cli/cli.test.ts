@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict'
-import { spawnSync } from 'node:child_process'
-import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { spawn, spawnSync } from 'node:child_process'
+import { once } from 'node:events'
+import { closeSync, existsSync, mkdtempSync, openSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import path from 'node:path'
 
@@ -11,10 +12,13 @@ const model = path.join(root, 'models', 'tiny-llama-bytes')
 
 interface Ran { code: number | null; out: string; err: string }
 
+/** How Node runs the command from its sources. */
+const program = ['--import', 'tsx', path.join(root, 'lib', 'cli', 'couplet.ts')]
+
 const couplet = (...args: string[]): Ran => coupletWith('', ...args)
 
 function coupletWith(input: string, ...args: string[]): Ran {
-  const done = spawnSync(process.execPath, ['--import', 'tsx', path.join(root, 'lib', 'cli', 'couplet.ts'), ...args], { encoding: 'utf8', cwd: root, input })
+  const done = spawnSync(process.execPath, [...program, ...args], { encoding: 'utf8', cwd: root, input })
   assert.equal(done.signal, null, `couplet ${args[0]} was ended by ${done.signal}: ${done.stderr}`)
   return { code: done.status, out: done.stdout, err: done.stderr }
 }
@@ -73,7 +77,7 @@ describe('the couplet command', function () {
     assert.match(planned.out, /^mixed-0\.\d+ /m)
     assert.equal(couplet(...common, '--bits', '1', '--codec', 'cq-8c8b').code, 2)
     const alone = couplet(...common, '--measure', 'fisher')
-    assert.equal(alone.code, 1)
+    assert.equal(alone.code, 2)
     assert.match(alone.err, /go with --bits/)
   })
 
@@ -197,6 +201,9 @@ describe('the couplet command', function () {
     ['a share that is none', ['calibrate', '--model', model, '--text', 'x', '--out', 'y', '--held-out', '0.7']],
     ['a device that is none', ['calibrate', '--model', model, '--text', 'x', '--out', 'y', '--device', 'tpu']],
     ['a number that is none', ['eval', '--model', model, '--text', 'x', '--length', 'long']],
+    ['options that go with another', ['calibrate', '--model', model, '--text', 'x', '--out', 'y', '--per', 'head']],
+    ['standard input for two texts', ['calibrate', '--model', model, '--text', '-', '--text', '-', '--out', 'y']],
+    ['standard input for two kinds of text', ['calibrate', '--model', model, '--text', '-', '--eval-text', '-', '--out', 'y']],
   ] as const) {
     it(`exits with 2 on ${title}`, () => {
       const { code, err } = couplet(...args)
@@ -208,7 +215,8 @@ describe('the couplet command', function () {
   for (const [title, args, message] of [
     ['a missing text', ['eval', '--model', model, '--text', 'nowhere.txt'], /nowhere\.txt/],
     ['a missing model', ['eval', '--model', 'nowhere', '--text', path.join(root, 'README.md')], /nowhere/],
-    ['a codebook that is none', ['eval', '--model', model, '--text', __filename, '--codebooks', __filename], /ERR_COUPLET_CODEBOOK_INVALID/],
+    ['a codebook that is none', ['eval', '--model', model, '--text', __filename, '--codebooks', __filename], /cli\.test\.ts is not .*CODEBOOK_INVALID/],
+    ['a folder for a file, before the work', ['tune', '--model', 'nowhere', '--text', __filename, '--codebooks', 'x', '--out', root], /is a folder/],
   ] as const) {
     it(`exits with 1 on ${title}`, () => {
       const { code, err } = couplet(...args)
@@ -217,6 +225,39 @@ describe('the couplet command', function () {
       assert.doesNotMatch(err, /\n\s+at /)
     })
   }
+
+  it('leaves no checkpoint where nothing was begun', () => {
+    const { code } = couplet('calibrate', '--model', 'nowhere', '--text', __filename, '--out', file('never.safetensors'))
+    assert.equal(code, 1)
+    assert.deepEqual(readdirSync(folder).filter((name) => name.startsWith('never')), [])
+  })
+
+  it('says which config.json it cannot read', () => {
+    writeFileSync(file('config.json'), '{')
+    const { code, err } = couplet('plan', '--model', folder, '--context', '10')
+    assert.equal(code, 1)
+    assert.match(err, /config\.json is not JSON: .*ERR_COUPLET_UNSUPPORTED_MODEL/)
+  })
+
+  it('ends without a word when its reader has seen enough', async () => {
+    const child = spawn(process.execPath, [...program, 'generate', '--model', model, '--prompt', 'On', '--tokens', '2000'])
+    let err = ''
+    child.stderr.on('data', (text) => { err += String(text) })
+    child.stdout.once('data', () => { child.stdout.destroy() })
+    const [code] = await once(child, 'exit') as [number | null]
+    assert.deepEqual([code, err], [0, ''])
+  })
+
+  it('fails when its output cannot be written', function () {
+    if (!existsSync('/dev/full')) this.skip()
+    const full = openSync('/dev/full', 'w')
+    for (const args of [['doctor'], ['generate', '--model', model, '--prompt', 'On', '--tokens', '3']]) {
+      const { status, stderr } = spawnSync(process.execPath, [...program, ...args], { encoding: 'utf8', stdio: ['ignore', full, 'pipe'] })
+      assert.equal(status, 1)
+      assert.match(stderr, /^couplet: the output cannot be written: ENOSPC[^\n]*\n$/)
+    }
+    closeSync(full)
+  })
 
   it('exits with 0 after help', () => {
     const { code, out } = couplet('--help')

@@ -208,6 +208,8 @@ describe('Codebook', () => {
     const codebook = sampleCodebook()
     assert.throws(() => codebook.keyTable(2), { name: 'RangeError', message: 'Expected an integer from 0 to 1 for `layer` but received 2' })
     assert.throws(() => codebook.keyTable(0.5), { name: 'RangeError' })
+    for (const layer of ['0', 'length', [0], {}]) assert.throws(() => codebook.parts(layer as never), { name: 'TypeError', message: /`layer`/ })
+    assert.throws(() => codebook.toBuffer(null as never), { name: 'TypeError', message: /`options`/ })
     assert.throws(() => codebook.toBuffer({ dtype: 'BF16' as 'F16' }), { name: 'RangeError', message: /"BF16"/ })
     assert.throws(() => Codebook.fromBuffer('abc' as never), { name: 'TypeError' })
   })

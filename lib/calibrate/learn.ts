@@ -12,7 +12,7 @@ import type { Transforms } from '../codebook-transforms'
 import { kmeans } from '../kmeans'
 import { enterSide, measureSide, unmeasured } from '../transform/apply'
 import type { SideTransforms, TransformSource, TransformStep } from '../transform/learn'
-import { learnTransforms, needsGradients, transformSteps } from '../transform/learn'
+import { alternatives, learnTransforms, needsGradients, transformSteps } from '../transform/learn'
 import { levelsOf, onLevels } from '../transform/levels'
 import type { Captured, CommonOptions } from './capture'
 import { requireModel } from './capture'
@@ -28,7 +28,8 @@ export interface LearnOptions extends CommonOptions, DeviceOptions {
   chosen?: LearnedFrom['chosen'] | undefined
   /**
    * Steps beside the tables (docs/codebook.md), learned from the same sample; default none. `key.metric` and `value.metric` need fisher weights,
-   * `value.mix` makes the latter needless; `key.group` and `value.mix` learn from gradients where there are some.
+   * `value.mix` makes the latter needless; `key.group` and `value.mix` learn from gradients where there are some. `key.smooth` is another metric of keys,
+   * and `value.hadamard` another way to mix values, neither of which was better (docs/algorithm.md).
    */
   transforms?: readonly TransformStep[]
   /**
@@ -114,6 +115,10 @@ export function checkTransforms(steps: readonly TransformStep[] = [], { weights 
     if (!transformSteps.includes(step))
       throwExpected(transformSteps.map((name) => JSON.stringify(name)).join(', '), 'transforms', step, typeof step === 'string')
     if (needsGradients(step) && weights !== 'fisher') throw rangeError(`Expected fisher weights for the transform "${step}" but received "${weights}"`)
+  }
+  for (const ways of alternatives) {
+    const asked = ways.filter((step) => steps.includes(step))
+    if (asked.length > 1) throwExpected(`one of ${asked.map((step) => JSON.stringify(step)).join(' and ')}`, 'transforms', steps.join(), true)
   }
   return steps
 }

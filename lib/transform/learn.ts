@@ -4,13 +4,18 @@ import type { SidePart } from '../codec'
 import type { RotaryPairs } from '../rotary-pairs'
 import { balancedOrder } from './grouping'
 import type { RowSet } from './matrix'
-import { eigen, identity, product, secondMoment, squareRoot, transposed } from './matrix'
+import { eigen, hadamard, identity, product, secondMoment, squareRoot, transposed } from './matrix'
 import type { HeadMoments } from './pairs'
 import { pairedOrder } from './pairs'
 
-/** Steps that can be learned; `value.mix` brings its inverse with it. */
-export type TransformStep = 'key.group' | 'key.metric' | 'value.metric' | 'value.mix'
-export const transformSteps: readonly TransformStep[] = ['key.group', 'key.metric', 'value.metric', 'value.mix']
+/**
+ * Steps that can be learned. Each makes what a codebook has of its name; `key.smooth` makes a `key.metric` and `value.hadamard` a `value.mix`, of
+ * which there is one: the largest magnitude of each channel decides, and nothing does. Mixing brings its inverse with it.
+ */
+export type TransformStep = 'key.group' | 'key.metric' | 'key.smooth' | 'value.metric' | 'value.mix' | 'value.hadamard'
+export const transformSteps: readonly TransformStep[] = ['key.group', 'key.metric', 'key.smooth', 'value.metric', 'value.mix', 'value.hadamard']
+/** Of which a codebook has one at most. */
+export const alternatives: readonly (readonly TransformStep[])[] = [['key.metric', 'key.smooth'], ['value.mix', 'value.hadamard']]
 export const needsGradients = (step: TransformStep): boolean => step.endsWith('.metric')
 
 /** Rows of one layer and side, float32 [tokens][kvHeads][headDim], and the gradients of the loss by them where they are known. */
@@ -55,12 +60,35 @@ export async function learnTransforms(source: TransformSource, side: 'key' | 'va
   }
   const order = side === 'key' && steps.includes('key.group')
     ? await pairedOrder(await ofHeads((head) => momentsOf(source, head)), headDim, source.rotary) : undefined
-  if (!steps.includes(`${side}.metric`) || gradients === undefined) return { ...(order && { order }) }
+  const mixing = side === 'value' && steps.includes('value.hadamard') ? hadamard(headDim) : undefined
+  const ofAllHeads = (matrix: Float64Array) => joined(Array.from({ length: kvHeads }, () => matrix))
+  const entering: SideTransforms = {
+    ...(order && { order }), ...(mixing && { mix: ofAllHeads(mixing.matrix), unmix: ofAllHeads(mixing.inverse) }),
+  }
+  if (side === 'key' && steps.includes('key.smooth')) return { ...entering, metric: joined(await ofHeads((head) => smoothing(source, head, order))) }
+  if (!steps.includes(`${side}.metric`) || gradients === undefined) return entering
   const metricOf = (head: number) => {
     const weights = importance(rowsOf(source, gradients, head), headDim)
-    return learnMetric(order ? reordered(weights, order) : weights, headDim, codecOf(source, head).groupChannels)
+    const entered = order ? reordered(weights, order) : mixing ? within(weights, mixing.inverse, headDim) : weights
+    return learnMetric(entered, headDim, codecOf(source, head).groupChannels)
   }
-  return { ...(order && { order }), metric: joined(await ofHeads(metricOf)) }
+  return { ...entering, metric: joined(await ofHeads(metricOf)) }
+}
+
+/** Smoothing as a metric: channels over the square root of their largest magnitude, [groups][groupChannels][groupChannels]. */
+function smoothing(source: TransformSource, head: number, order: Int32Array | undefined): Float64Array {
+  const { rows, headDim } = source
+  const largest = new Float64Array(headDim)
+  const { first, stride, count } = rowsOf(source, rows, head)
+  for (let token = 0, at = first; token < count; token++, at += stride) {
+    for (let channel = 0; channel < headDim; channel++) largest[channel] = Math.max(largest[channel]!, Math.abs(rows[at + channel]!))
+  }
+  const { groupChannels } = codecOf(source, head)
+  const metric = new Float64Array(headDim * groupChannels)
+  for (let place = 0; place < headDim; place++) {
+    metric[place * groupChannels + (place % groupChannels)] = 1 / Math.sqrt(largest[order?.[place] ?? place]! || 1)
+  }
+  return metric
 }
 
 /** Gradients as they are, so that heads that matter more count for more. */
@@ -73,6 +101,10 @@ function momentsOf(source: TransformSource, head: number): HeadMoments {
     codec: codecOf(source, head),
   }
 }
+
+/** The importance of rows that are mixed, where M' unmixes them: that of their gradients, g M'ᵀ. */
+const within = (weights: Float64Array, inverse: Float64Array, size: number): Float64Array =>
+  product(product(inverse, weights, size), transposed(inverse, size), size)
 
 /** A matrix of channels in another order of them. */
 function reordered(matrix: Float64Array, order: Int32Array): Float64Array {

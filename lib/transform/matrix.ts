@@ -115,6 +115,26 @@ export function identity(size: number): Float64Array {
   return matrix
 }
 
+/**
+ * Hadamard's matrix and its inverse, in blocks of the largest power of two that divides `size`: entries of one magnitude, powers of two
+ * whose product is 1 / block, so that both are exact in float16 and undo each other exactly.
+ */
+export function hadamard(size: number): { matrix: Float64Array; inverse: Float64Array } {
+  const block = size & -size
+  const magnitude = 2 ** -Math.floor(Math.log2(block) / 2)
+  const [matrix, inverse] = [new Float64Array(size * size), new Float64Array(size * size)]
+  for (let i = 0; i < size; i++) {
+    const first = i - (i % block)
+    for (let j = first; j < first + block; j++) {
+      let sign = 1
+      for (let common = (i - first) & (j - first); common > 0; common &= common - 1) sign = -sign
+      matrix[i * size + j] = sign * magnitude
+      inverse[i * size + j] = sign / block / magnitude
+    }
+  }
+  return { matrix, inverse }
+}
+
 /** The square root of a positive matrix, and its inverse; eigenvalues are taken to be at least `least` of their mean. */
 export function squareRoot(matrix: Float64Array, size: number, least = 1e-6): { root: Float64Array; inverse: Float64Array } {
   const { values, vectors } = eigen(matrix, size)

@@ -5,6 +5,7 @@ import assert from 'node:assert/strict'
 import type { DeviceName, Transforms } from '../../lib'
 import { Cache, Codebook, encodeSync } from '../../lib'
 import { codec } from '../../lib/codec'
+import { hadamard } from '../../lib/transform/matrix'
 import { describeOn } from '../device/devices'
 import { normals } from '../onnx/graphs'
 import { ordered, randomTransforms } from './samples'
@@ -17,6 +18,13 @@ const rows = (heads: number) => Array.from({ length: layers }, () => Float32Arra
 const given = { queries: rows(queryHeads), keys: rows(kvHeads), values: rows(kvHeads) }
 const uniform = Array.from({ length: layers }, () => [{ firstHead: 0, heads: kvHeads, keyCodec: eight, valueCodec: eight }])
 const all = randomTransforms(uniform, headDim)
+
+const { matrix, inverse } = hadamard(headDim)
+const ofAllHeads = (one: Float64Array) => Array.from({ length: layers }, () => Float32Array.from([...one, ...one]))
+const hadamards = { 'value.mix': ofAllHeads(matrix), 'value.unmix': ofAllHeads(inverse) }
+
+/** Blocks of 8 x 8 without what is beside their diagonals. */
+const diagonalsOf = (metric: Float32Array) => metric.map((entry, at) => ((at % 64) % 9 === 0 ? entry : 0))
 
 /** y = x M of each head. */
 function mixed(values: Float32Array, mix: Float32Array): Float32Array {
@@ -81,6 +89,8 @@ describeOn('all', 'transforms in a cache', (device) => {
     ['metrics', { 'key.metric': all['key.metric'], 'value.metric': all['value.metric'] }],
     ['mixed values', { 'value.mix': all['value.mix'], 'value.unmix': all['value.unmix'] }],
     ['grouped keys', { 'key.group': all['key.group'] }],
+    ['values through Hadamard matrices', hadamards],
+    ['Hadamard, and keys smoothed', { ...hadamards, 'key.metric': all['key.metric'].map(diagonalsOf) }],
     ['all of them', all],
   ]
   const expected = attended(cacheOf(undefined, 'cpu', { sinks: 0 }))

@@ -2,7 +2,7 @@
  * What the facade asks of arguments before it allocates results: counts, and typed arrays that reach far enough.
  * native/binding reads every argument again (values.h), in the same words, because memory safety is decided there.
  */
-import { CoupletError, describe, isDetached, throwExpected, typeError } from './errors'
+import { CoupletError, describe, isDetached, rangeError, throwExpected, typeError } from './errors'
 import { requireSignal } from './native/call'
 
 export type Float16ArrayLike = ArrayBufferView & { readonly length: number; readonly [Symbol.toStringTag]: 'Float16Array' }
@@ -64,6 +64,12 @@ export function requireArray<Kind extends TypedArray>(
   const article = kind.name.startsWith('I') ? 'an' : 'a'
   if (!isArray(value, kind)) throw typeError(`Expected ${article} ${kind.name} for \`${name}\` but received ${describe(value)}`)
   if (value.length < leastLength) throwExpected(`${article} ${kind.name} of ${leastLength} or more elements`, name, value, true)
+}
+
+/** Throws for what is no array of exactly `elements`, which `shape` explains: a RangeError for an array of another length. */
+export function throwElements(kind: string, elements: number, shape: string, name: string, value: unknown): never {
+  const message = `Expected a ${kind} of ${elements} elements (${shape}) for \`${name}\` but received ${describe(value)}`
+  throw ArrayBuffer.isView(value) ? rangeError(message) : typeError(message)
 }
 
 export function requireArrayOfAnyKind(value: unknown, name: string): asserts value is TypedArray {

@@ -558,6 +558,38 @@ __device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
+// condition ? yes : no, never as a branch: one around shuffles makes them wait for lanes one by one.
+__device__ __forceinline__ float select(bool condition, float yes, float no) {
+#ifdef GPU_SIM
+  return condition ? yes : no;
+#else
+  float result;
+  asm("{ .reg .pred p; setp.ne.s32 p, %3, 0; selp.f32 %0, %1, %2, p; }"
+      : "=f"(result)
+      : "f"(yes), "f"(no), "r"(static_cast<int>(condition)));
+  return result;
+#endif
+}
+
+// Byte i of the result is the one that digit i of the selector names, of the low 4 (`low`) and high 4 (`high`): by its lowest 3 bits, or
+// where its highest is set, 8 times the first bit of that byte.
+__device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
+#ifdef GPU_SIM
+  uint64_t const bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int index = 0; index < 4; ++index) {
+    uint32_t const digit = selector >> (4 * index) & 15;
+    uint32_t const byte = static_cast<uint32_t>(bytes >> (8 * (digit & 7)) & 0xff);
+    result |= (digit < 8 ? byte : (byte >> 7) * 0xff) << (8 * index);
+  }
+  return result;
+#else
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+#endif
+}
+
 // Two floats rounded to nearest into one register, `low` in its low half.
 __device__ __forceinline__ uint32_t cvt_f16x2(float low, float high) {
 #ifdef GPU_SIM
@@ -601,6 +633,17 @@ __device__ __forceinline__ int fresh_lane_id() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
+#endif
+}
+
+// threadIdx.x, likewise.
+__device__ __forceinline__ unsigned fresh_thread_id() {
+#ifdef GPU_SIM
+  return threadIdx.x;
+#else
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 #endif
 }
 

@@ -1,7 +1,9 @@
 #include "table.h"
 
+#include <algorithm>
 #include <cmath>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "../native/common/check.h"
@@ -45,6 +47,51 @@ std::vector<__half> by_code_of(const couplet_table_params& params) {
   return by_code;
 }
 
+// Which of 128 even steps, from the least centroid of a channel to its largest, each centroid lies on.
+struct Levels {
+  std::vector<uint8_t> of_centroids;  // in the order of by_code
+  std::vector<float2> scales;         // see Table::level_scales
+};
+
+bool may_have_levels(const couplet_table_params& params) {
+  return params.codec.code_bits == 8 && params.codec.group_channels == 8 && params.head_dim == 128;
+}
+
+// Nothing where a centroid lies between two levels. A sixteenth of a step, half a thousandth of a channel's range, is about what float16, as
+// which other bodies keep it, rounds its largest by, so that a table that was saved as float16 is still on its levels.
+std::optional<Levels> levels_of(const couplet_table_params& params) {
+  constexpr int last = 127;
+  constexpr double most_error = 1.0 / 16;
+  int const centroids = couplet_codec_centroids(params.codec);
+  int const channels = params.codec.group_channels;
+  int const groups = params.head_dim / channels;
+  Levels levels;
+  levels.of_centroids.resize(static_cast<size_t>(count_of(params)));
+  const float* rows = params.centroids;
+  for (int kv_head = 0; kv_head < params.kv_heads; ++kv_head)
+    for (int group = 0; group < groups; ++group, rows += centroids * channels)
+      for (int channel = 0; channel < channels; ++channel) {
+        auto const centroid = [&](int code) { return double{rows[code * channels + channel]}; };
+        double least = centroid(0);
+        double largest = least;
+        for (int code = 1; code < centroids; ++code) {
+          least = std::min(least, centroid(code));
+          largest = std::max(largest, centroid(code));
+        }
+        double const step = (largest - least) / last;
+        uint8_t* const to = levels.of_centroids.data() +
+                            static_cast<size_t>((int64_t{kv_head} * centroids * groups + group) * channels + channel);
+        for (int code = 0; code < centroids; ++code) {
+          double const place = step > 0 ? (centroid(code) - least) / step : 0;
+          double const level = std::nearbyint(place);
+          if (std::fabs(place - level) > most_error) return std::nullopt;
+          to[static_cast<ptrdiff_t>(code) * groups * channels] = static_cast<uint8_t>(level);
+        }
+        levels.scales.push_back({static_cast<float>(least), static_cast<float>(std::ldexp(step, 24))});
+      }
+  return levels;
+}
+
 template <class T>
 cudaError_t upload(const T* host, size_t count, T** device, size_t* bytes) {
   void* memory = nullptr;
@@ -62,6 +109,8 @@ void destroy(couplet_table* handle) {
   cudaFree(table->measured);
   cudaFree(table->float16_rows);
   cudaFree(table->by_code);
+  cudaFree(table->levels);
+  cudaFree(table->level_scales);
   delete table;
 }
 
@@ -91,6 +140,11 @@ couplet_status fill(Table* table, const couplet_table_params& params, couplet_re
     }
     if (error == cudaSuccess && fits_float16(params) && is_by_code(params))
       error = upload(by_code_of(params).data(), count, &table->by_code, &table->bytes);
+    if (error == cudaSuccess && table->by_code && may_have_levels(params))
+      if (std::optional<Levels> const levels = levels_of(params)) {
+        error = upload(levels->scales.data(), levels->scales.size(), &table->level_scales, &table->bytes);
+        if (error == cudaSuccess) error = upload(levels->of_centroids.data(), count, &table->levels, &table->bytes);
+      }
   } catch (const std::bad_alloc&) {
     error = cudaErrorMemoryAllocation;
   }
@@ -113,6 +167,8 @@ couplet_status create(const couplet_table_params* params, couplet_table** out, c
       .measured = nullptr,
       .float16_rows = nullptr,
       .by_code = nullptr,
+      .levels = nullptr,
+      .level_scales = nullptr,
   };
   if (!table) return fail(report, COUPLET_OUT_OF_MEMORY, {}, "No memory for a table of centroids");
   auto* const handle = reinterpret_cast<couplet_table*>(table);

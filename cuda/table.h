@@ -29,6 +29,11 @@ struct Table {
   // banks whatever the code is. Read by attend/gather, attend/lookup and attend/staged. NULL for others, and where a centroid is too
   // large for float16 once it is rotated.
   __half* by_code;
+  // Device, uint8 [kv_heads][centroids][groups][channels] of 8c8b at headDim 128: the level of each centroid, 0 to 127, where all lie on levels,
+  // evenly spaced from the least to the largest centroid of a channel. Read by attend/lookup for values. NULL where some lie between.
+  uint8_t* levels;
+  // Device, float32 [kv_heads][head_dim] {least, step * 2^24}: what levels stand for, as float16 numbers of their bits. NULL likewise.
+  float2* level_scales;
 };
 
 // The opaque handles of the waist are these structs.

@@ -82,6 +82,8 @@ Layout layout_of(const couplet_attend_params& params) {
     layout.step.value_rows = table_of(params.value_table)->rows;
     layout.step.key_by_code = table_of(params.key_table)->by_code;
     layout.step.value_by_code = table_of(params.value_table)->by_code;
+    layout.step.value_levels = table_of(params.value_table)->levels;
+    layout.step.value_scales = table_of(params.value_table)->level_scales;
   }
   layout.step.group_heads = group_heads;
   layout.step.block_rows = block_rows;
@@ -101,7 +103,7 @@ Layout layout_of(const couplet_attend_params& params) {
     layout.bytes = offset + (bytes + 63) / 64 * 64;
     return offset;
   };
-  append((static_cast<size_t>(params.sequence_count) + 1) * sizeof(int32_t));
+  append((static_cast<size_t>(params.sequence_count) + 2) * sizeof(int32_t));
   layout.row_begin = append((static_cast<size_t>(params.sequence_count) + 1) * sizeof(int32_t));
   if (half_prefill)
     layout.wide =
@@ -125,8 +127,11 @@ couplet_status run(const couplet_attend_params* params, void* memory, void* stre
   step.sums = reinterpret_cast<float2*>(bytes + layout.sums);
   step.weighted = reinterpret_cast<float*>(bytes + layout.weighted);
   auto const queue = static_cast<cudaStream_t>(stream);
-  cudaError_t error = launch_plan(step, queue);
-  if (error == cudaSuccess) switch (select(*params)) {
+  Body const body = select(*params);
+  // On an H200 a segment of lookup takes 12 us and its units 1.7 us each; staged's units take longer.
+  int const segment_cost = body == Body::lookup || body == Body::gather ? 7 : 1;
+  cudaError_t error = launch_plan(step, segment_cost, queue);
+  if (error == cudaSuccess) switch (body) {
       case Body::lookup: error = launch_lookup(step, queue); break;
       case Body::gather: error = launch_gather(step, queue); break;
       case Body::staged: error = launch_staged(step, queue); break;
@@ -141,7 +146,7 @@ void describe(const couplet_attend_params* params, char* text, size_t text_bytes
   Body const body = select(*params);
   std::snprintf(text, text_bytes, "attend cuda %dc%db %s", params->key_codec.group_channels,
                 params->key_codec.code_bits,
-                body == Body::lookup   ? "lookup"
+                body == Body::lookup   ? table_of(params->value_table)->levels ? "lookup by levels" : "lookup"
                 : body == Body::gather ? "gather"
                 : body == Body::staged ? "staged"
                                        : "general");

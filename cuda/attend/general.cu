@@ -223,8 +223,8 @@ __global__ void __launch_bounds__(threads, 2) general_decode(Step const step) {
   gpu::let_next_start();
   gpu::wait_for_last();
   Ranges const ranges(step);
-  int64_t const end = ranges.begin(blockIdx.x + 1);
-  for (int64_t at = ranges.begin(blockIdx.x); at < end;) {
+  int const end = ranges.end(blockIdx.x);
+  for (int at = ranges.begin(blockIdx.x); at < end;) {
     Segment const segment = segment_at(step, at);
     Rows const rows{&step.params.sequences[segment.sequence], segment.first_head - segment.kv_head * step.group_heads,
                     segment.rows, segment.kv_head};

@@ -7,10 +7,29 @@ namespace {
 constexpr int plan_threads = 256;
 constexpr int merge_threads = 256;
 
+// ---- device helpers --------------------------------------------------------------------------------------------------------
+// How many blocks share the units, none with an empty range. Where all sequences have as many, fewer blocks may have ranges that begin with
+// an item, or items that begin with a range, and so fewer segments.
+__device__ __forceinline__ int active_blocks(int blocks, int items, int item_units, int segment_cost) {
+  int const all = items * item_units;
+  int const most = min(all, blocks);
+  if (all == 0) return 0;
+  int const of_block = blocks_of(items, blocks);                // items, where a block has whole ones
+  int const of_item = max(1, min(blocks / items, item_units));  // blocks, where an item has whole ones
+  if (items > blocks && items % of_block != 0) return most;
+  int const aligned = items > blocks ? items / of_block : items * of_item;
+  int const units = blocks_of(all, most);
+  int const segments = (units + item_units - 2) / item_units + 1;
+  bool const pays =
+      blocks_of(all, aligned) + segment_cost * (items > blocks ? of_block : 1) < units + segment_cost * segments;
+  return pays ? aligned : most;
+}
+
 // ---- kernels ---------------------------------------------------------------------------------------------------------------
-// [sequence_count] sequences -> running sums of their units and row blocks, and no mark of prefill's.
-__global__ void __launch_bounds__(plan_threads) plan(Step const step) {
+// [sequence_count] sequences -> running sums of their units and row blocks, how many blocks share the units, and no mark of prefill's.
+__global__ void __launch_bounds__(plan_threads) plan(Step const step, int const segment_cost) {
   GPU_SHARED(warp_sums, int2[plan_threads / 32]);
+  GPU_SHARED(warp_alike, int[plan_threads / 32]);
   gpu::let_next_start();
   int const lane = threadIdx.x % 32;
   int const warp = threadIdx.x / 32;
@@ -49,10 +68,23 @@ __global__ void __launch_bounds__(plan_threads) plan(Step const step) {
     total = {total.x + round.x, total.y + round.y};
     __syncthreads();
   }
+  int const count = step.params.sequence_count;
   if (threadIdx.x == 0) {
-    step.unit_begin[step.params.sequence_count] = total.x;
-    step.row_begin[step.params.sequence_count] = total.y;
+    step.unit_begin[count] = total.x;
+    step.row_begin[count] = total.y;
   }
+  __syncthreads();
+  bool alike = true;  // all sequences have as many units
+  for (int index = static_cast<int>(threadIdx.x); index < count; index += plan_threads)
+    alike = alike && step.unit_begin[index + 1] - step.unit_begin[index] == total.x / count;
+  alike = __all_sync(~0u, alike);
+  if (lane == 0) warp_alike[warp] = alike;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int other = 0; other < plan_threads / 32; ++other) alike = alike && warp_alike[other];
+  step.unit_begin[count + 1] = alike
+                                   ? active_blocks(step.blocks, count * step.head_blocks, total.x / count, segment_cost)
+                                   : min(total.x * step.head_blocks, step.blocks);
 }
 
 // One item a block. Slots of item i are those of the blocks whose ranges meet its units; added in their order.
@@ -62,8 +94,8 @@ __global__ void __launch_bounds__(merge_threads) merge(Step const step) {
   int const index = static_cast<int>(blockIdx.x) % sequences;
   int const head_block = static_cast<int>(blockIdx.x) / sequences;
   Ranges const ranges(step);
-  int64_t const begin = static_cast<int64_t>(ranges.units) * head_block + step.unit_begin[index];
-  int64_t const end = static_cast<int64_t>(ranges.units) * head_block + step.unit_begin[index + 1];
+  int const begin = ranges.units * head_block + step.unit_begin[index];
+  int const end = ranges.units * head_block + step.unit_begin[index + 1];
   if (begin == end) return;  // not a sequence with one query
   int64_t const first_slot = ranges.owner(begin) + blockIdx.x;
   int64_t const last_slot = ranges.owner(end - 1) + blockIdx.x;
@@ -97,8 +129,8 @@ __global__ void __launch_bounds__(merge_threads) merge(Step const step) {
 }  // namespace
 
 // ---- launchers -------------------------------------------------------------------------------------------------------------
-cudaError_t launch_plan(const Step& step, cudaStream_t stream) {
-  return gpu::launch(plan, 1, plan_threads, 0, stream, step);
+cudaError_t launch_plan(const Step& step, int segment_cost, cudaStream_t stream) {
+  return gpu::launch(plan, 1, plan_threads, 0, stream, step, segment_cost);
 }
 
 cudaError_t launch_merge(const Step& step, cudaStream_t stream) {

@@ -4,7 +4,8 @@
 //   item         one head block of one sequence whose step has one query
 //   unit         what costs about the same: `dense_unit` tokens in full precision, or a block of `coded_unit` positions in codes;
 //                a sequence has its dense units first
-//   range        [all * b / active, all * (b + 1) / active) of the units of all items, head block by head block: the work of block b
+//   range        [all * b / active, all * (b + 1) / active) of the units of all items, head block by head block: the work of block b,
+//                of which the plan says how many are active
 //   segment      the part of one item in one range; slot  b + item  of the partial results is its own, because from one segment to
 //                the next b or item grows
 #pragma once
@@ -24,7 +25,10 @@ struct Step {
   const float* value_rows;
   const __half* key_by_code;
   const __half* value_by_code;
-  int32_t* unit_begin;  // [sequence_count + 1]: units of one head block before a sequence
+  const uint8_t* value_levels;  // NULL where centroids of values lie on no levels
+  const float2* value_scales;
+  int32_t*
+      unit_begin;  // [sequence_count + 2]: units of one head block before a sequence; behind the last, the active blocks
   int32_t*
       row_begin;  // [sequence_count + 1]: row blocks of one kv head before a sequence; of sequences with other than one query
   int32_t*
@@ -107,19 +111,26 @@ __device__ __forceinline__ int find_begin(const int32_t* begins, int count, int 
   return low;
 }
 
-// Units of all items, and the blocks that have some: none of their ranges is empty.
+// Units of all items, and the blocks that have some: none of their ranges is empty. 2^31 units would be more tokens than any device holds.
 struct Ranges {
   int units;  // of one head block
-  int64_t all;
-  int64_t active;
+  int all;
+  int active;
 
   __device__ __forceinline__ explicit Ranges(const Step& step)
       : units(step.unit_begin[step.params.sequence_count]),
-        all(static_cast<int64_t>(units) * step.head_blocks),
-        active(all < step.blocks ? all : step.blocks) {}
-  __device__ __forceinline__ int64_t begin(int64_t block) const { return block < active ? all * block / active : all; }
+        all(units * step.head_blocks),
+        active(step.unit_begin[step.params.sequence_count + 1]) {}
+  // all * block / active, without a division of 64 bits.
+  __device__ __forceinline__ int begin(unsigned block) const {
+    int const b = static_cast<int>(block);
+    return b < active ? all / active * b + all % active * b / active : all;
+  }
+  __device__ __forceinline__ int end(unsigned block) const { return begin(block + 1); }
   // The last block with begin(block) <= unit.
-  __device__ __forceinline__ int64_t owner(int64_t unit) const { return ((unit + 1) * active - 1) / all; }
+  __device__ __forceinline__ int owner(int unit) const {
+    return static_cast<int>(((static_cast<int64_t>(unit) + 1) * active - 1) / all);
+  }
 };
 
 struct Segment {
@@ -134,16 +145,14 @@ struct Segment {
 };
 
 // The segment that starts at unit `at` of all; all lanes of a warp ask the same.
-__device__ __forceinline__ Segment segment_at(const Step& step, int64_t at) {
+__device__ __forceinline__ Segment segment_at(const Step& step, int at) {
   Ranges const ranges(step);
   int const sequences = step.params.sequence_count;
-  int const head_block = static_cast<int>(at / ranges.units);
-  int const unit = static_cast<int>(at % ranges.units);
+  int const head_block = at / ranges.units;
+  int const unit = at % ranges.units;
   int const index = find_begin(step.unit_begin, sequences, unit);
   int const first = unit - step.unit_begin[index];
-  int64_t const left = ranges.begin(blockIdx.x + 1) - at;
-  int const count =
-      left < step.unit_begin[index + 1] - unit ? static_cast<int>(left) : step.unit_begin[index + 1] - unit;
+  int const count = min(ranges.end(blockIdx.x) - at, step.unit_begin[index + 1] - unit);
   const couplet_attend_sequence& sequence = step.params.sequences[index];
   int const head_blocks_of_kv = step.head_blocks / step.params.kv_heads;
   int const kv_head = head_block / head_blocks_of_kv;
@@ -199,7 +208,8 @@ __device__ __forceinline__ float capped(const Step& step, float logit) {
 }
 
 // ---- launchers -------------------------------------------------------------------------------------------------------------
-cudaError_t launch_plan(const Step& step, cudaStream_t stream);   // writes unit_begin and row_begin
+// Writes unit_begin and row_begin. `segment_cost`: of a segment besides its units, in units.
+cudaError_t launch_plan(const Step& step, int segment_cost, cudaStream_t stream);
 cudaError_t launch_merge(const Step& step, cudaStream_t stream);  // partial results -> outputs
 cudaError_t launch_general_decode(const Step& step, cudaStream_t stream);
 cudaError_t launch_prefill(const Step& step, cudaStream_t stream);

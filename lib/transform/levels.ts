@@ -1,6 +1,6 @@
 /**
  * Values on levels (docs/algorithm.md): kernels keep a table whose every channel has at most 128 evenly spaced values as bytes, a quarter of
- * its size. They find that in the numbers; a file says no more of it than that it was done.
+ * its size in float32. They find that in the numbers; a file says no more of it than that it was done.
  */
 import type { Codec, LayerCodecs, SidePart } from '../codec'
 

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../../cuda/backend.h"
+#include "../../cuda/table.h"
 #include "../../cuda/device/elements.h"
 #include "../../native/cpu/table.h"
 #include "../native/attend_case.h"
@@ -217,8 +218,7 @@ void check_case(const CaseShape& shape, uint64_t seed, const char* body, double 
   std::string const name = device.name();
   int shared = 0;
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-  if (shared >= 227 << 10 && shape.sequences.size())
-    CHECK(name.find(body) != std::string::npos, "%s is not %s", name.c_str(), body);
+  if (shared >= 227 << 10 && shape.sequences.size()) CHECK(name.ends_with(body), "%s is not %s", name.c_str(), body);
   auto const first = device.run();
   compare(host, shape, name, oracle, first, factor);
   auto const again = device.run();
@@ -240,7 +240,7 @@ void check_dtypes(const CaseShape& shape, const char* body) {
     }
     auto const oracle = host.run_reference();
     DeviceCase device(host, dtype);
-    CHECK(device.name().find(body) != std::string::npos, "%s is not %s", device.name().c_str(), body);
+    CHECK(device.name().ends_with(body), "%s is not %s", device.name().c_str(), body);
     double const rounding = dtype == COUPLET_FLOAT16 ? 0x1p-11 : 0x1p-8;
     bool const rounded = std::strcmp(body, "general") != 0;
     compare(host, shape, device.name(), oracle, device.run(), 1 + rounding / (rounded ? 4e-3 : 2e-5));
@@ -266,38 +266,86 @@ CaseShape llama(int32_t kv_heads, int32_t group_heads, std::vector<SequenceShape
   return shape;
 }
 
+void lookup_shapes_of(int32_t channels, bool levels, const char* body) {
+  auto const shape_of = [&](int32_t kv_heads, int32_t group_heads, std::vector<SequenceShape> sequences) {
+    CaseShape shape = llama(kv_heads, group_heads, std::move(sequences), channels);
+    shape.value_levels = levels;
+    return shape;
+  };
+  for (int32_t heads : {1, 2, 3, 4, 7, 12})
+    check_case(shape_of(1, heads, {{.before = 700, .sinks = 4, .window = 32}}), 1, body);
+  // Ragged ends, no codes at all, one token, codes without sinks or window, and an idle sequence beside longer ones.
+  check_case(shape_of(2, 4,
+                      {{.before = 1600, .sinks = 4, .window = 33},
+                       {.before = 0},
+                       {.before = 100, .uncoded = true},
+                       {.before = 65, .queries = 0},
+                       {.before = 520, .sinks = 70, .window = 1},
+                       {.before = 1030, .window = 0, .coded_prefill = true}}),
+             2, body);
+  CaseShape shape =
+      shape_of(2, 4, {{.before = 900, .sinks = 4, .window = 32}, {.before = 300, .sinks = 4, .window = 200}});
+  shape.local_window = 600;
+  check_case(shape, 3, body);
+  shape.softcap = 5;
+  shape.head_sinks = true;
+  check_case(shape, 4, body);
+  shape.tables = Tables::scaled;
+  shape.query_scale = 3;
+  check_case(shape, 5, body, 3);
+  shape.rotary_kind = 0;
+  check_case(shape, 6, body, 3);
+  // A prompt and a step together.
+  check_case(
+      shape_of(1, 4,
+               {{.before = 300, .sinks = 4, .window = 32}, {.before = 20, .queries = 9, .sinks = 4, .window = 8}}),
+      7, body);
+  // As many units in each: ranges begin with items.
+  check_case(shape_of(2, 4, std::vector<SequenceShape>(5, {.before = 600, .sinks = 4, .window = 32})), 8, body);
+}
+
 void lookup_shapes() {
-  for (int32_t const channels : {8, 4}) {
-    for (int32_t heads : {1, 2, 3, 4, 7, 12})
-      check_case(llama(1, heads, {{.before = 700, .sinks = 4, .window = 32}}, channels), 1, "lookup");
-    // Ragged ends, no codes at all, one token, codes without sinks or window, and an idle sequence beside longer ones.
-    check_case(llama(2, 4,
-                     {{.before = 1600, .sinks = 4, .window = 33},
-                      {.before = 0},
-                      {.before = 100, .uncoded = true},
-                      {.before = 65, .queries = 0},
-                      {.before = 520, .sinks = 70, .window = 1},
-                      {.before = 1030, .window = 0, .coded_prefill = true}},
-                     channels),
-               2, "lookup");
-    CaseShape shape =
-        llama(2, 4, {{.before = 900, .sinks = 4, .window = 32}, {.before = 300, .sinks = 4, .window = 200}}, channels);
-    shape.local_window = 600;
-    check_case(shape, 3, "lookup");
-    shape.softcap = 5;
-    shape.head_sinks = true;
-    check_case(shape, 4, "lookup");
-    shape.tables = Tables::scaled;
-    shape.query_scale = 3;
-    check_case(shape, 5, "lookup", 3);
-    shape.rotary_kind = 0;
-    check_case(shape, 6, "lookup", 3);
-    // A prompt and a step together.
-    check_case(
-        llama(1, 4, {{.before = 300, .sinks = 4, .window = 32}, {.before = 20, .queries = 9, .sinks = 4, .window = 8}},
-              channels),
-        7, "lookup");
+  lookup_shapes_of(4, false, "lookup");
+  lookup_shapes_of(8, false, "lookup");
+  lookup_shapes_of(8, true, "lookup by levels");
+  CaseShape shape = llama(1, 4, {{.before = 300, .sinks = 4, .window = 32}});
+  shape.value_levels = true;
+  check_dtypes(shape, "lookup by levels");
+}
+
+// Which tables of values attend/lookup may keep as levels.
+void level_tables() {
+  constexpr couplet_codec codec{8, 8};
+  constexpr int32_t head_dim = 128;
+  auto const has_levels = [&](const std::vector<float>& centroids) {
+    couplet_table_params const params{centroids.data(), 1, head_dim, codec, nullptr};
+    couplet_table* table = nullptr;
+    couplet_report report{};
+    expect(cuda::table_entries.create(&params, &table, &report), report);
+    bool const has = cuda::table_of(table)->levels && cuda::table_of(table)->level_scales;
+    cuda::table_entries.destroy(table);
+    return has;
+  };
+  std::vector<float> const drawn = Random(3).normals(256 * head_dim);
+  CHECK(!has_levels(drawn), "levels of centroids that lie on none");
+  std::vector<float> on_levels = drawn;
+  put_on_levels(codec, on_levels);
+  CHECK(has_levels(on_levels), "no levels");
+  std::vector<float> saved = on_levels;
+  for (float& channel : saved) channel = __half2float(__float2half_rn(channel));
+  CHECK(has_levels(saved), "no levels after float16");
+  for (float const shift : {1000.0f, -30000.0f}) {
+    std::vector<float> shifted = drawn;
+    for (float& channel : shifted) channel = channel * (shift > 0 ? 1 : 100) + shift;
+    put_on_levels(codec, shifted);
+    CHECK(has_levels(shifted), "no levels around %g", double{shift});
   }
+  std::vector<float> constant = on_levels;
+  for (size_t code = 0; code < 256; ++code) constant[code * 8 + 3] = 0.3f;
+  CHECK(has_levels(constant), "no levels where a channel is constant");
+  std::vector<float> moved = on_levels;
+  moved[17] += (moved[17] > 0 ? -0.01f : 0.01f);
+  CHECK(!has_levels(moved), "levels of a centroid between two");
 }
 
 CaseShape gathered(int32_t channels, int32_t head_dim, int32_t group_heads, std::vector<SequenceShape> sequences) {
@@ -543,6 +591,7 @@ int main(int count, char** arguments) {
   part("prefill", prefill_shapes);
   part("random", random_shapes);
   part("lookup", lookup_shapes);
+  part("tables", level_tables);
   part("dtypes", [] {
     check_dtypes(llama(2, 4, {{.before = 700, .sinks = 4, .window = 32}}), "lookup");
     check_dtypes({.head_dim = 40, .sequences = {{.before = 70, .queries = 3, .sinks = 4, .window = 3}}}, "general");

@@ -12,6 +12,7 @@
 #include "../../native/cpu/backend.h"
 #include "../../native/cpu/reference/attend.h"
 #include "check.h"
+#include "levels.h"
 
 namespace couplet::test {
 
@@ -37,7 +38,8 @@ struct CaseShape {
     theta,
     scaled,
     crooked
-  } tables = Tables::theta;  // scaled: linear, amplitude 1.2; crooked: not linear
+  } tables = Tables::theta;   // scaled: linear, amplitude 1.2; crooked: not linear
+  bool value_levels = false;  // values on levels
   int32_t local_window = 0;
   float softcap = 0;
   bool head_sinks = false;
@@ -160,11 +162,12 @@ class AttendCase {
     return shape_.kv_heads * couplet_page_bytes(shape_.key_codec, shape_.head_dim, shape_.page_tokens);
   }
 
-  couplet_table* make_table(couplet_codec codec) {
+  couplet_table* make_table(couplet_codec codec, bool on_levels) {
     size_t const count = static_cast<size_t>(shape_.kv_heads) * static_cast<size_t>(shape_.head_dim) *
                          static_cast<size_t>(couplet_codec_centroids(codec));
     std::vector<float> centroids(count);
     for (float& channel : centroids) channel = static_cast<float>(random_.uniform(-1.73, 1.73));  // variance 1
+    if (on_levels) put_on_levels(codec, centroids);
     couplet_table_params const params{centroids.data(), shape_.kv_heads, shape_.head_dim, codec, nullptr};
     couplet_table* table = nullptr;
     couplet_report report{};
@@ -176,8 +179,8 @@ class AttendCase {
     bool coded = false;
     for (const SequenceShape& sequence : shape_.sequences) coded = coded || !sequence.uncoded;
     if (!coded) return;
-    key_table_.reset(make_table(shape_.key_codec));
-    value_table_.reset(make_table(shape_.value_codec));
+    key_table_.reset(make_table(shape_.key_codec, false));
+    value_table_.reset(make_table(shape_.value_codec, shape_.value_levels));
   }
 
   void make_rotary() {

@@ -376,16 +376,16 @@ __device__ __forceinline__ void run_segments(const Step& step) {
   make_key_rows(step, shared);
   gpu::wait_for_last();
   Ranges const ranges(step);
-  int64_t const begin = ranges.begin(blockIdx.x);
-  if (begin == ranges.begin(blockIdx.x + 1)) return;
+  int const begin = ranges.begin(blockIdx.x);
+  if (begin == ranges.end(blockIdx.x)) return;
   if (threadIdx.x == 0) {
     shared.at = begin;
     shared.table_head = -1;
   }
   for (;;) {
     __syncthreads();  // the segment before is done
-    int64_t const at = shared.at;
-    if (at == Ranges(step).begin(blockIdx.x + 1)) break;
+    int const at = shared.at;
+    if (at == Ranges(step).end(blockIdx.x)) break;
     Segment const segment = segment_at(step, at);
     bool const other_head = segment.kv_head != shared.table_head;
     __syncthreads();

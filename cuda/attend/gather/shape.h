@@ -152,7 +152,7 @@ struct Shared {
   float2 sums[S::warps][S::heads];
   uint32_t key_rows[S::steps][4];  // [step][t]: bytes to the codes of the group in the lower half, and in the upper one
   // In shared memory because registers are what limits the kernel.
-  int64_t at;  // the next segment's first unit
+  int at;  // the next segment's first unit
   int table_head;
   Segment segment;
   const uint8_t* const* pages;

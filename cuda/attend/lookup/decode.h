@@ -13,7 +13,8 @@
 // p - 2, so that all key warps are done with it: the queries in use are those of pages p - 1 to p + 2, four buffers.
 //
 // A body is a `Shared`, which begins with Block and names its KeyAngles, key_registers and value_registers, and beside it, found by its type:
-//   load_values, load_query, plain_queries, left_by, make_key_angles, clear_key_angles, take_keys, take_values
+//   load_values, load_query, plain_queries, left_by, dense_left_by, make_key_angles, clear_key_angles, take_keys, take_values
+// and begin_values where it begins_early: its first queries are written before tokens in full precision are taken.
 #pragma once
 
 #include "dense.h"
@@ -33,38 +34,42 @@ __device__ __forceinline__ void load_keys(const Step& step, int kv_head, Block& 
   gpu::cp_async_commit();
 }
 
-// Makes the next segment of this block's range the current one, by one warp.
+// Finds the next segment of this block's range, by one warp.
 __device__ __forceinline__ void find_segment(const Step& step, Block& block) {
-  int64_t const at = block.at;
-  bool const none = at == Ranges(step).begin(blockIdx.x + 1);
+  int const at = block.at;
+  bool const none = at == Ranges(step).end(blockIdx.x);
   Segment segment{};
   if (!none) segment = segment_at(step, at);
   bool const same = segment.kv_head == block.table_head;
   __syncwarp();
   if (gpu::lane_id() != 0) return;
-  block.next = none ? Next::none : same ? Next::same_tables : Next::other_tables;
+  block.upcoming.next = none ? Next::none : same ? Next::same_tables : Next::other_tables;
   if (none) return;
+  block.upcoming.pages_before = block.pages_done;
+  if (size_of(segment.seen.codes) > 0) block.pages_done += end_unit(segment) - first_unit(segment);
   block.at = at + segment.units;
   block.table_head = segment.kv_head;
-  block.segment = segment;
-  block.page_table = step.params.sequences[segment.sequence].pages;
-  block.key_offset = step.params.key_page_offset + segment.kv_head * step.params.key_page_stride;
-  block.value_offset = step.params.value_page_offset + segment.kv_head * step.params.value_page_stride;
+  block.upcoming.segment = segment;
+  block.upcoming.page_table = step.params.sequences[segment.sequence].pages;
+  block.upcoming.key_offset = step.params.key_page_offset + segment.kv_head * step.params.key_page_stride;
+  block.upcoming.value_offset = step.params.value_page_offset + segment.kv_head * step.params.value_page_stride;
 }
 
-__device__ __forceinline__ Next next_segment(const Step& step, Block& block, bool finds) {
+// Of the current segment.
+__device__ __forceinline__ bool has_dense(const Block& block) {
+  return size_of(block.work.segment.seen.below) + size_of(block.work.segment.seen.above) > 0;
+}
+__device__ __forceinline__ bool has_codes(const Block& block) { return size_of(block.work.segment.seen.codes) > 0; }
+
+// Makes the segment that was found the current one.
+__device__ __forceinline__ Next next_segment(Block& block) {
   __syncthreads();  // the segment before is done
-  if (finds) find_segment(step, block);
+  constexpr unsigned words = sizeof(Work) / sizeof(uint32_t);
+  static_assert(words <= threads);
+  if (unsigned const word = gpu::fresh_thread_id(); word < words)
+    reinterpret_cast<uint32_t*>(&block.work)[word] = reinterpret_cast<const uint32_t*>(&block.upcoming)[word];
   __syncthreads();
-  return block.next;
-}
-
-// The kv head of the block's first segment; -1 where the block's range is empty.
-__device__ __forceinline__ int first_head(const Step& step) {
-  Ranges const ranges(step);
-  int64_t const begin = ranges.begin(blockIdx.x);
-  if (begin == ranges.begin(blockIdx.x + 1)) return -1;
-  return static_cast<int>(begin / ranges.units) / (step.head_blocks / step.params.kv_heads);
+  return block.work.next;
 }
 
 template <class Shared>
@@ -75,23 +80,9 @@ __device__ __forceinline__ void run_key_warp(const Step& step, Shared& shared) {
     make_key_angles(step.angles, gpu::lane_id(), angles);
   else
     clear_key_angles(angles);
-  gpu::wait_for_last();
-  int const head = first_head(step);
-  if (head < 0) return;
-  load_keys(step, head, shared);  // under way while the first segment is found
-  if (threadIdx.x == 0) {
-    shared.at = Ranges(step).begin(blockIdx.x);
-    shared.table_head = head;
-    for (gpu::PhaseBarrier& rotated : shared.rotated) gpu::initialize(rotated, pages);
-    for (auto& pair : shared.pairs) {
-      gpu::initialize(pair.written, 1);
-      gpu::initialize(pair.taken, 1);
-    }
-  }
-  unsigned count = 0;
-  for (Next next; (next = next_segment(step, shared, false)) != Next::none;) {
-    if (next == Next::other_tables) load_keys(step, shared.segment.kv_head, shared);
-    if (size_of(shared.segment.seen.codes) > 0) take_keys(step, shared, angles, count);
+  for (Next next; (next = next_segment(shared)) != Next::none;) {
+    if (next == Next::other_tables) load_keys(step, shared.work.segment.kv_head, shared);
+    if (has_codes(shared)) take_keys(step, shared, angles);
   }
   gpu::cp_async_wait<0>();  // a block of dense units alone has never waited for its tables
 }
@@ -101,21 +92,34 @@ __device__ __forceinline__ void run_value_warp(const Step& step, Shared& shared)
   gpu::release_registers<Shared::value_registers>();
   gpu::let_next_start();
   gpu::wait_for_last();
-  int const head = first_head(step);
-  if (head < 0) return;
-  load_values(step, head, shared);
-  unsigned count = 0;
-  for (Next next; (next = next_segment(step, shared, warp_of_role() == 0)) != Next::none;) {
-    if (next == Next::other_tables) load_values(step, shared.segment.kv_head, shared);
+  if (warp_of_role() == 0) {  // while key warps make their angles
+    if (gpu::lane_id() == 0) {
+      shared.at = Ranges(step).begin(blockIdx.x);
+      shared.table_head = -1;
+      shared.pages_done = 0;
+      for (gpu::PhaseBarrier& rotated : shared.rotated) gpu::initialize(rotated, pages);
+      for (auto& pair : shared.pairs) {
+        gpu::initialize(pair.written, 1);
+        gpu::initialize(pair.taken, 1);
+      }
+    }
+    __syncwarp();
+    find_segment(step, shared);
+  }
+  for (Next next; (next = next_segment(shared)) != Next::none;) {
+    if (next == Next::other_tables) load_values(step, shared.work.segment.kv_head, shared);
     load_query(step, shared);
     gpu::barrier_sync(value_barrier, role_threads);
-    if (size_of(shared.segment.seen.below) + size_of(shared.segment.seen.above) > 0) {
+    if (fresh_thread_of_role() / 32 == pages - 1) find_segment(step, shared);  // of a short window it has no tokens
+    if constexpr (Shared::begins_early)
+      if (has_codes(shared)) begin_values(step, shared);
+    if (has_dense(shared)) {
       take_dense<Softcap>(step, shared);
-      fold_warps(step, shared, false);
+      fold_warps(step, shared, false, [&](int warp) { return dense_left_by(shared, warp); });
     }
-    if (size_of(shared.segment.seen.codes) > 0) {
-      take_values<Softcap>(step, shared, count);
-      fold_warps(step, shared, size_of(shared.segment.seen.below) + size_of(shared.segment.seen.above) > 0);
+    if (has_codes(shared)) {
+      take_values<Softcap>(step, shared);
+      fold_warps(step, shared, has_dense(shared), [&](int warp) { return left_by(shared, warp); });
     }
   }
   gpu::cp_async_wait<0>();

@@ -5,14 +5,14 @@
 
 namespace couplet::cuda::attend::lookup {
 
-// Adds what the value warps left to the segment's partial result, whose slot holds the sum of what was added `before`. Comes with a
-// barrier of the value warps before and behind.
-template <class Shared>
-__device__ __forceinline__ void fold_warps(const Step& step, Shared& shared, bool before) {
+// Adds what the value warps left, warp by warp, to the segment's partial result, whose slot holds the sum of what was added `before`. Comes
+// with a barrier of the value warps before and behind.
+template <class Shared, class Left>
+__device__ __forceinline__ void fold_warps(const Step& step, Shared& shared, bool before, const Left& left) {
   constexpr int elements = rows * head_dim / role_threads;
   gpu::barrier_sync(value_barrier, role_threads);
   int const thread = warp_of_role() * 32 + gpu::fresh_lane_id();
-  int64_t const slot = static_cast<int64_t>(shared.segment.slot) * rows;
+  int64_t const slot = static_cast<int64_t>(shared.work.segment.slot) * rows;
   float2 total[elements];
 #pragma unroll
   for (int i = 0; i < elements; ++i) {
@@ -28,7 +28,7 @@ __device__ __forceinline__ void fold_warps(const Step& step, Shared& shared, boo
     for (int warp = 0; warp < pages; ++warp) {
       float const factor = gpu::ex2_approx(shared.sums[warp][row].x - maximum);
       total[i].y += shared.sums[warp][row].y * factor;
-      weighted += left_by(shared, warp)[element] * factor;
+      weighted += left(warp)[element] * factor;
     }
     *place = weighted;
   }

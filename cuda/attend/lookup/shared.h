@@ -31,6 +31,16 @@ constexpr int value_bytes = 2 * key_bytes;  // each row twice
 
 enum class Next { none, same_tables, other_tables };  // segment
 
+// A segment, and what its warps look for in it.
+struct Work {
+  Next next;
+  Segment segment;
+  const uint8_t* const* page_table;
+  int64_t key_offset;  // bytes into a page
+  int64_t value_offset;
+  unsigned pages_before;  // of a warp, in this kernel
+};
+
 // The part of shared memory that is the same for all bodies. Theirs begin with it.
 struct Block {
   unsigned char keys[key_bytes];      // [code][group]
@@ -38,37 +48,39 @@ struct Block {
   gpu::PhaseBarrier rotated[2];       // queries of even and odd pages are written; an arrival of each value warp
   float2 sums[pages][rows];           // maximum, sum of a value warp
   float2 total[rows];                 // of the segment so far
-  Segment segment;
-  const uint8_t* const* page_table;
-  int64_t key_offset;  // bytes into a page
-  int64_t value_offset;
-  int64_t at;  // the next segment's first unit
-  int table_head;
-  Next next;
+  Work work;
+  Work upcoming;        // found while the last of `work` is done
+  int at;               // the first unit behind upcoming
+  int table_head;       // of upcoming
+  unsigned pages_done;  // of a warp, behind upcoming
 };
 
 __device__ __forceinline__ int warp_of_role() { return static_cast<int>(threadIdx.x) / 32 % pages; }
 __device__ __forceinline__ int thread_of_role() { return static_cast<int>(threadIdx.x) % role_threads; }
+// Likewise, asked for where it is needed and not kept in a register.
+__device__ __forceinline__ int fresh_thread_of_role() {
+  return static_cast<int>(gpu::fresh_thread_id()) % role_threads;
+}
 
 // Where the row of a code lies that is byte `byte` of a word: its 256 bytes, and what `column` says in its other bytes.
 __device__ __forceinline__ unsigned row_offset(uint32_t codes, int byte, unsigned column) {
   return __byte_perm(codes, column, 0x7604 | byte << 4);
 }
 
-// Units of the segment's codes.
-__device__ __forceinline__ int first_unit(const Block& block) { return block.segment.seen.codes.begin / unit_tokens; }
-__device__ __forceinline__ int end_unit(const Block& block) {
-  return blocks_of(block.segment.seen.codes.end, unit_tokens);
+// Units of a segment's codes, of which it has some.
+__device__ __forceinline__ int first_unit(const Segment& segment) { return segment.seen.codes.begin / unit_tokens; }
+__device__ __forceinline__ int end_unit(const Segment& segment) {
+  return blocks_of(segment.seen.codes.end, unit_tokens);
 }
 
 // This warp's pages of a segment, one of each unit.
 class PageWalk {
  public:
   __device__ __forceinline__ explicit PageWalk(const Block& block)
-      : entry_(block.page_table + first_unit(block) * pages + warp_of_role()) {
-    Interval const codes = block.segment.seen.codes;
-    left_ = blocks_of(codes.end - warp_of_role() * page_tokens, unit_tokens) - first_unit(block);
-    bool const begun = first_unit(block) * unit_tokens + (warp_of_role() + 1) * page_tokens > codes.begin;
+      : entry_(block.work.page_table + first_unit(block.work.segment) * pages + warp_of_role()) {
+    Interval const codes = block.work.segment.seen.codes;
+    left_ = blocks_of(codes.end - warp_of_role() * page_tokens, unit_tokens) - first_unit(block.work.segment);
+    bool const begun = first_unit(block.work.segment) * unit_tokens + (warp_of_role() + 1) * page_tokens > codes.begin;
     page_ = begun && left_ > 0 ? *entry_ : nullptr;
   }
   // NULL where the segment has no token of it.

@@ -176,15 +176,15 @@ __device__ __forceinline__ void run_segments(const Step& step, int most) {
   Shared<Quads> const shared(step, memory, most);
   Fixed<Quads>& fixed = *shared.fixed;
   int const head_dim = step.params.head_dim;
-  int64_t const begin = Ranges(step).begin(blockIdx.x);
-  if (begin == Ranges(step).begin(blockIdx.x + 1)) return;
+  int const begin = Ranges(step).begin(blockIdx.x);
+  if (begin == Ranges(step).end(blockIdx.x)) return;
   if (threadIdx.x == 0) {
     fixed.at = begin;
-    fixed.end = Ranges(step).begin(blockIdx.x + 1);
+    fixed.end = Ranges(step).end(blockIdx.x);
   }
   for (;;) {
     __syncthreads();  // the segment before is done
-    int64_t const at = fixed.at;
+    int const at = fixed.at;
     if (at == fixed.end) break;
     Segment const segment = segment_at(step, at);
     __syncthreads();

@@ -89,8 +89,8 @@ struct alignas(16) Fixed {
   float factors[heads];                         // what the sums before the chapter shrink by
   float2 sums[warps][heads];                    // of a warp
   const uint8_t* pages[most_pages];             // of the chapter
-  int64_t at;                                   // the next segment's first unit
-  int64_t end;                                  // of the block's range
+  int at;                                       // the next segment's first unit
+  int end;                                      // of the block's range
   Segment segment;
   const uint8_t* const* sequence_pages;
 };

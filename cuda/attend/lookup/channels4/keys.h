@@ -134,14 +134,15 @@ __device__ __forceinline__ float multiply_keys(const KeyLane& lane, const uint32
   return lane.bit1 ? row(0, 1) + row(1, 0) : row(0, 0) + row(1, 1);
 }
 
-// The segment's pages of this warp, `count` pages after the kernel's first.
-__device__ __forceinline__ void take_keys(const Step& step, Shared& shared, const KeyAngles& angles, unsigned& count) {
+// The segment's pages of this warp.
+__device__ __forceinline__ void take_keys(const Step& step, Shared& shared, const KeyAngles& angles) {
+  unsigned count = shared.work.pages_before;
   KeyLane const lane(gpu::lane_id());
   int const warp = warp_of_role();
   Pair& pair = shared.pairs[warp];
-  int left = end_unit(shared) - first_unit(shared);
+  int left = end_unit(shared.work.segment) - first_unit(shared.work.segment);
   PageWalk walk(shared);
-  int64_t const offset = shared.key_offset;
+  int64_t const offset = shared.work.key_offset;
   auto const page_codes = [&] { return codes_of(walk.page(), offset, step.key_by_code); };
   KeyCodes codes[2];
   for (int half = 0; half < 2; ++half) load_key_codes(lane, page_codes(), half, codes[half]);

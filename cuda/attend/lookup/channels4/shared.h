@@ -44,6 +44,7 @@ struct Shared : Block {
   using KeyAngles = channels4::KeyAngles;
   static constexpr int key_registers = 144;  // of a thread: 32 of them angles, 16 codes
   static constexpr int value_registers = 112;
+  static constexpr bool begins_early = false;
 
   union {
     struct {
@@ -60,6 +61,7 @@ struct Shared : Block {
 
 __device__ __forceinline__ float* plain_queries(Shared& shared) { return shared.plain[0]; }
 __device__ __forceinline__ float* left_by(Shared& shared, int warp) { return shared.left[warp]; }
+__device__ __forceinline__ float* dense_left_by(Shared& shared, int warp) { return left_by(shared, warp); }
 
 // 8 bytes of a table, at a row's address and Offset.
 template <int Offset>

@@ -51,8 +51,8 @@ __device__ __forceinline__ float4 backwards(float4 angles) { return {angles.x, -
 
 __device__ __forceinline__ void load_query(const Step& step, Shared& shared) {
   constexpr float log2_e = 1.4426950408889634f;
-  const Segment& segment = shared.segment;
-  QueryThread const own{gpu::unknown(thread_of_role())};
+  const Segment& segment = shared.work.segment;
+  QueryThread const own{fresh_thread_of_role()};
   int const row = own.row();
   int const pair = own.pair();
   float4 value{0, 0, 0, 0};
@@ -213,24 +213,25 @@ __device__ __forceinline__ void leave_progress(const ValueLane& lane, Progress& 
     }
 }
 
-// The segment's pages of this warp, `count` pages after the kernel's first.
+// The segment's pages of this warp.
 template <bool Softcap>
-__device__ __forceinline__ void take_values(const Step& step, Shared& shared, unsigned& count) {
-  int const warp = warp_of_role();
+__device__ __forceinline__ void take_values(const Step& step, Shared& shared) {
+  unsigned count = shared.work.pages_before;
+  int const warp = fresh_thread_of_role() / 32;
   Pair& pair = shared.pairs[warp];
   ValueLane const lane(gpu::lane_id());
-  int const first = first_unit(shared);
-  int const end = end_unit(shared);
-  Interval const seen = shared.segment.seen.codes;
+  int const first = first_unit(shared.work.segment);
+  int const end = end_unit(shared.work.segment);
+  Interval const seen = shared.work.segment.seen.codes;
   PageWalk walk(shared);
-  int64_t const offset = shared.value_offset;
+  int64_t const offset = shared.work.value_offset;
   auto const page_codes = [&] { return codes_of(walk.page(), offset, step.value_by_code); };
   ValueCodes codes[2];
   for (int half = 0; half < 2; ++half) load_value_codes(lane, page_codes(), half, codes[half]);
   walk.advance();
-  QueryThread const own{gpu::unknown(thread_of_role())};
+  QueryThread const own{fresh_thread_of_role()};
   float4 const back = load_back(step, own);
-  int const distance = shared.segment.position / unit_tokens;
+  int const distance = shared.work.segment.position / unit_tokens;
   auto const load_step = [&](int unit) { return step_angles(step, own, unit < end ? distance - unit : 0); };
   write_query(shared, own, load_step(first), back, count);
   if (first + 1 < end) write_query(shared, own, load_step(first + 1), back, count + 1);

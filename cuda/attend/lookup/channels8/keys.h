@@ -1,7 +1,7 @@
 // Key warps of 8c8b: codes and queries -> logits.
 //   Keys are the A operand, rows = tokens. Lane (g, t) looks up groups 4s + t of tokens 8g to 8g + 7; lanes with odd g visit s ^ 1 where
-//   the others visit s, so that the 8 lanes of a phase touch 8 groups. The queries are there twice: columns 0-3 in the order of even
-//   rows, columns 4-7 in that of odd rows, and each row's logits are read in its own half ("the lane's class").
+//   the others visit s, so that the 8 lanes of a phase touch 8 groups. The queries are there twice: column 2q in the order of even
+//   rows, column 2q + 1 in that of odd rows, and a row's logits are those of its own class.
 //   Keys are rotated by their offset in the unit of 512, by angles that stay in 64 registers for the whole kernel: tokens 0 to 3 of a
 //   lane's 8. For tokens 4 to 7 the query is rotated back by 4 instead.
 #pragma once
@@ -27,19 +27,19 @@ __device__ __forceinline__ void make_key_angles(const Angles& angles, int lane, 
       auto const two_angles = [&](int offset) {
         return *reinterpret_cast<const float4*>(angles.offsets + offset * pairs + pair);
       };
-      // The lane's own rows are its first token alone: 32 KB a block and not 256.
-      float4 const first = two_angles(warp_of_role() * page_tokens + 8 * g);
+      // Read: the angle of the lane's first token, and that between two tokens, 64 KB a block and not 256.
+      float4 token = two_angles(warp_of_role() * page_tokens + 8 * g);
+      float4 const next = two_angles(1);
 #pragma unroll
       for (int z = 0; z < 2; ++z)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float4 const further = two_angles(2 * z + r);
-          float2 const even = add_angles({first.x, first.y}, {further.x, further.y});
-          float2 const odd = add_angles({first.z, first.w}, {further.z, further.w});
-          keys.cos[z][r][s][c] = __floats2half2_rn(even.x, odd.x);
-          keys.sin[z][r][s][c] = __floats2half2_rn(even.y, odd.y);
+          keys.cos[z][r][s][c] = __floats2half2_rn(token.x, token.z);
+          keys.sin[z][r][s][c] = __floats2half2_rn(token.y, token.w);
+          float2 const even = add_angles({token.x, token.y}, {next.x, next.y});
+          float2 const odd = add_angles({token.z, token.w}, {next.z, next.w});
+          token = {even.x, even.y, odd.x, odd.y};
         }
-      __syncwarp();  // keeps the loads of all angles from being under way together, in registers
     }
 }
 
@@ -54,24 +54,32 @@ __device__ __forceinline__ void clear_key_angles(KeyAngles& keys) {
 
 // Where a lane looks all the time, in bytes.
 struct KeyLane {
-  unsigned column;        // from the rows of a code, s = 0; with bit 6 changed, s = 1
-  unsigned query_column;  // from a half of the queries, likewise
+  unsigned column;
+  unsigned query_column;
 
   __device__ __forceinline__ explicit KeyLane(int lane) {
     unsigned const g = static_cast<unsigned>(lane) / 4;
     unsigned const t = static_cast<unsigned>(lane) % 4;
     column = (4 * (g & 1) + t) * row_bytes;
-    query_column = (g & 3) * head_dim * 2 + (((g >> 2) * 4 + t) * 16 ^ (g & 1) * 64);
+    query_column = (g >> 1) * head_dim * 2 + column;
   }
 };
 
-// Codes of four of the lane's 8 tokens: [s] of groups 4s + t.
+// Codes of the lane's 8 tokens: [s] of groups 4s + t.
 __device__ __forceinline__ void load_key_codes(const Pair& pair, int half, uint32_t (&codes)[4]) {
   unsigned const lane = gpu::fresh_lane_id();
   unsigned const column = (lane & 7) * page_tokens + ((lane & 28) * 2 ^ (lane & 2) * 16);  // s = 0
 #pragma unroll
   for (int s = 0; s < 4; ++s)
     codes[s] = *reinterpret_cast<const uint32_t*>(pair.key_codes + (column ^ s % 2 * 256) + s / 2 * 512 + half * 4);
+}
+
+// Channels of a row, or those 64 further on.
+__device__ __forceinline__ void load_key(const Shared& shared, unsigned at, int further, Row& row) {
+  if (further)
+    gpu::load_dynamic_shared<4, head_dim>(row.words, &shared, at);
+  else
+    gpu::load_dynamic_shared<4, 0>(row.words, &shared, at);
 }
 
 // Adds groups 4 i + t and those 8 further on to logits[z][r * 2 + column] of tokens 2 z + r.
@@ -89,8 +97,7 @@ __device__ __forceinline__ void multiply_keys(const Shared& shared, const KeyLan
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        key[r][j] =
-            load_row(shared.keys + row_offset(codes[i + 2 * j], 2 * z + r, lane.column ^ i * 64u) + j * 8 * row_bytes);
+        load_key(shared, row_offset(codes[i + 2 * j], 2 * z + r, lane.column ^ i * 64u), j, key[r][j]);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r)
@@ -113,24 +120,24 @@ __device__ __forceinline__ void multiply_keys(const Shared& shared, const KeyLan
   }
 }
 
-// Of the tokens 8g + 4 half on, rows 2t % 4 and the next, by the lanes whose columns are of their rows' class.
+// Of the tokens 8g + 4 half on, row t.
 __device__ __forceinline__ void write_logits(Pair& pair, int half, const float (&logits)[2][4]) {
   unsigned const lane = gpu::fresh_lane_id();
-  if ((lane >> 1 ^ lane >> 2) & 1) return;
-  auto* const to = reinterpret_cast<unsigned char*>(pair.logits) + ((lane & 1) * 2 * page_tokens + (lane & 28) * 2) * 4;
-  constexpr int next_row = page_tokens * sizeof(float);
-  *reinterpret_cast<float4*>(to + half * 16) = {logits[0][0], logits[0][2], logits[1][0], logits[1][2]};
-  *reinterpret_cast<float4*>(to + next_row + (1 - half) * 16) = {logits[0][1], logits[0][3], logits[1][1],
-                                                                 logits[1][3]};
+  unsigned const at = (lane & 3) * page_tokens * 4 + ((lane & 28) * 8 ^ (lane & 1) * 16 ^ (lane & 2) * 32);
+  bool const odd = lane & 4;
+  *reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(pair.logits) + (at ^ half * 16)) = {
+      odd ? logits[0][1] : logits[0][0], odd ? logits[0][3] : logits[0][2], odd ? logits[1][1] : logits[1][0],
+      odd ? logits[1][3] : logits[1][2]};
 }
 
-// The segment's pages of this warp, `count` pages after the kernel's first.
-__device__ __forceinline__ void take_keys(const Step& step, Shared& shared, const KeyAngles& angles, unsigned& count) {
+// The segment's pages of this warp.
+__device__ __forceinline__ void take_keys(const Step& step, Shared& shared, const KeyAngles& angles) {
+  unsigned count = shared.work.pages_before;
   KeyLane const lane(gpu::fresh_lane_id());
   Pair& pair = shared.pairs[warp_of_role()];
-  int left = end_unit(shared) - first_unit(shared);
+  int left = end_unit(shared.work.segment) - first_unit(shared.work.segment);
   PageWalk walk(shared);
-  fetch_codes(pair.key_codes, walk.page(), shared.key_offset, step.key_by_code);
+  fetch_codes(pair.key_codes, walk.page(), shared.work.key_offset, step.key_by_code);
   walk.advance();
   gpu::cp_async_wait<0>();
   gpu::barrier_sync(key_barrier, role_threads);  // the table is there
@@ -150,7 +157,7 @@ __device__ __forceinline__ void take_keys(const Step& step, Shared& shared, cons
         load_key_codes(pair, 1, codes);
         __syncwarp();  // the page's codes are in registers
         if (left > 1) {
-          fetch_codes(pair.key_codes, walk.page(), shared.key_offset, step.key_by_code);
+          fetch_codes(pair.key_codes, walk.page(), shared.work.key_offset, step.key_by_code);
           walk.advance();
         }
         if (!ready) gpu::wait(pair.taken, (count & 1) ^ 1);

@@ -244,7 +244,7 @@ class Sequences {
 
 void attend(const Case& what, Meter& meter, Report& report) {
   Tables const keys(what.codec, what.kv_heads, what.head_dim, 4);
-  Tables const values(what.codec, what.kv_heads, what.head_dim, 5);
+  Tables const values(what.codec, what.kv_heads, what.head_dim, 5, what.levels);
   couplet_report failure{};
   couplet_rotary_params const rotary_params{nullptr,       nullptr,      theta,        COUPLET_ROTARY_HALF,
                                             what.head_dim, what.context, what.head_dim};

@@ -3,9 +3,10 @@
 //
 //   couplet_bench_cuda [--operations attend,prefill,prompt,encode,decode,kmeans] [--codecs 8c8b,4c8b,2c8b,8c10b]
 //                      [--shapes 16x30720,32x61440,64x30720,1x131072,8x8192] [--heads 1,4,8] [--head-dims 64,128]
-//                      [--seconds 0.15] [--full-kmeans] [--tiny] [--json FILE]
+//                      [--seconds 0.15] [--full-kmeans] [--no-levels] [--tiny] [--json FILE]
 //
-// --heads is query heads per kv head, of which there are 8. --full-kmeans adds all 8192 problems of a Llama-3.1-8B. --tiny is one
+// --no-levels: values of 8c8b on no levels, where those of calibrate are on levels. --heads is query heads per kv head, of which there
+// are 8. --full-kmeans adds all 8192 problems of a Llama-3.1-8B. --tiny is one
 // sample of tiny shapes, to see that everything runs.
 #include <algorithm>
 #include <cstring>
@@ -32,6 +33,7 @@ struct Flags {
   double seconds = 0.15;
   bool full_kmeans = false;
   bool tiny = false;
+  bool levels = true;
   const char* json = nullptr;
 };
 
@@ -76,6 +78,10 @@ bool parse(int count, char** words, Flags* flags) {
     std::string const name = words[i];
     if (name == "--tiny") {
       flags->tiny = true;
+      continue;
+    }
+    if (name == "--no-levels") {
+      flags->levels = false;
       continue;
     }
     if (name == "--full-kmeans") {
@@ -143,7 +149,8 @@ std::vector<Case> cases_of(const Flags& flags, const std::string& operation) {
                            : operation == "prefill" ? "attend prefill"
                            : operation == "prompt"  ? "attend prompt"
                                                     : operation,
-                           codec, shape.batch, shape.context, queries, kv_heads * group_heads, kv_heads, head_dim});
+                           codec, shape.batch, shape.context, queries, kv_heads * group_heads, kv_heads, head_dim,
+                           flags.levels && codec.group_channels == 8 && codec.code_bits == 8});
   return cases;
 }
 

@@ -80,6 +80,7 @@ struct Case {
   int32_t batch, context;  // sequences, and tokens of each; kmeans: problems and points
   int32_t queries;         // tokens of each sequence that ask; 0 but for attend
   int32_t query_heads, kv_heads, head_dim;
+  bool levels = false;  // tables of values on levels, as calibrate makes those of 8c8b
 };
 
 struct Result {

@@ -131,7 +131,8 @@ describe('the recipe best', function () {
     using codebook = await learnCodebook(captured, { codec: 'cq-8c3b', iterations: 3, threads: 1, transforms: ['value.mix'] })
     assert.deepEqual(codebook.transforms, ['value.mix', 'value.unmix'])
     await assert.rejects(learnCodebook(captured, { codec: 'cq-8c3b', transforms: ['key.metric'] }), /fisher weights for the transform "key.metric"/)
-    await assert.rejects(learnCodebook(captured, { codec: 'cq-8c3b', transforms: ['key.twist' as 'key.metric'] }), /"value.mix", "value.hadamard" for `transforms`/)
+    await assert.rejects(learnCodebook(captured, { codec: 'cq-8c3b', transforms: ['key.twist' as 'key.metric'] }),
+      /"value.mix", "value.hadamard" for `transforms`/)
     await assert.rejects(learnCodebook(captured, { codec: 'cq-8c3b', transforms: ['value.mix', 'value.hadamard'] }),
       /one of "value.mix" and "value.hadamard" for `transforms` but received "value.mix,value.hadamard"/)
     using hadamards = await learnCodebook(captured, { codec: 'cq-8c3b', iterations: 3, threads: 1, transforms: ['key.smooth', 'value.hadamard'] })

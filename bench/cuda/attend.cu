@@ -1,7 +1,9 @@
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <memory>
 
+#include "../../cuda/attend/body.h"
 #include "kernels.h"
 #include "operations.h"
 #include "tables.h"
@@ -42,7 +44,7 @@ class Sequences {
     must(fill_bytes(codes_.data(), codes_.size(), 1, stream), "filling pages");
     must(fill_normals(dense_.data(), dense_.size(), 2, stream), "filling rows");
     must(fill_normals(queries_.data(), queries_.size(), 3, stream), "filling queries");
-    must(cudaMemsetAsync(outputs_.data(), 0xff, outputs_.size() * sizeof(__half), stream), "clearing outputs");
+    if (what.operation == "attend wide") widen();
     std::vector<const uint8_t*> page_table;
     std::vector<couplet_dense_rows> runs;
     std::vector<couplet_attend_sequence> sequences;
@@ -84,6 +86,10 @@ class Sequences {
         .query_dtype = COUPLET_FLOAT16,
         .output_dtype = COUPLET_FLOAT16,
     };
+  }
+
+  void spoil_outputs(cudaStream_t stream) const {
+    must(cudaMemsetAsync(outputs_.data(), 0xff, outputs_.size() * sizeof(__half), stream), "spoiling outputs");
   }
 
   // The largest error of a row of the last sequence, against the CPU on a copy of what that sequence reads.
@@ -139,6 +145,16 @@ class Sequences {
     const uint8_t** page_table;
     couplet_dense_rows* runs;
   };
+
+  // A value that float16 does not hold, in the first token of each kv head.
+  void widen() const {
+    float const beyond = 1e5f;
+    for (int32_t index = 0; index < what_.batch; ++index)
+      for (int32_t head = 0; head < what_.kv_heads; ++head)
+        must(cudaMemcpy(device_memory(index).dense + dense_floats() + count(head) * count(what_.head_dim), &beyond,
+                        sizeof beyond, cudaMemcpyHostToDevice),
+             "writing a value");
+  }
 
   static size_t count(int64_t value) { return static_cast<size_t>(value); }
   int64_t side_bytes() const {
@@ -240,43 +256,94 @@ class Sequences {
   DeviceArray<couplet_attend_sequence> sequences_;
 };
 
+// One step with all that it needs, on both sides.
+class Step {
+ public:
+  Step(const Case& what, cudaStream_t stream)
+      : what_(what),
+        keys_(what.codec, what.kv_heads, what.head_dim, 4),
+        values_(what.codec, what.kv_heads, what.head_dim, 5, what.levels),
+        sequences_(what, stream),
+        params_(sequences_.params()) {
+    couplet_report failure{};
+    couplet_rotary_params const rotary_params{nullptr,       nullptr,      theta,        COUPLET_ROTARY_HALF,
+                                              what.head_dim, what.context, what.head_dim};
+    couplet_rotary* handle = nullptr;
+    must(cuda::rotary_entries.create(&rotary_params, &handle, &failure), failure);
+    rotary_.reset(handle);
+    must(cpu::rotary_entries.create(&rotary_params, &handle, &failure), failure);
+    host_rotary_.reset(handle);
+    params_.key_table = keys_.device.get();
+    params_.value_table = values_.device.get();
+    params_.rotary = rotary_.get();
+    must(cuda::attend_entries.check(&params_, &failure), failure);
+  }
+
+  const couplet_attend_params& params() const { return params_; }
+
+  // Checked, then timed; false when the answer is wrong, and then there are no times.
+  bool measure(cuda::attend::Body body, Meter& meter, Result* result) const {
+    DeviceArray<uint8_t> const workspace(cuda::attend::workspace(body, params_));
+    couplet_report failure{};
+    auto const run = [&](cudaStream_t stream) {
+      must(cuda::attend::run(body, params_, workspace.data(), stream, &failure), failure);
+    };
+    sequences_.spoil_outputs(meter.stream());
+    run(meter.stream());
+    meter.wait();
+    result->body = "attend cuda " + name_of(what_.codec) + " " + cuda::attend::name_of(body, params_);
+    result->check = "largest relative error of a row of the last sequence, against the CPU backend";
+    result->error = sequences_.error_of_last(params_, keys_, values_, host_rotary_.get());
+    result->bytes = sequences_.bytes() + keys_.float16_bytes + values_.float16_bytes;
+    result->lookup_bytes = sequences_.lookup_bytes();
+    if (!(result->error < most_error)) return false;
+    result->timing = meter.time(run);
+    return true;
+  }
+
+ private:
+  Case const what_;
+  Tables const keys_, values_;
+  Sequences const sequences_;
+  couplet_attend_params params_;
+  std::unique_ptr<couplet_rotary, FreeOnDevice> rotary_;
+  std::unique_ptr<couplet_rotary, FreeOnHost> host_rotary_;
+};
+
 }  // namespace
 
 void attend(const Case& what, Meter& meter, Report& report) {
-  Tables const keys(what.codec, what.kv_heads, what.head_dim, 4);
-  Tables const values(what.codec, what.kv_heads, what.head_dim, 5, what.levels);
-  couplet_report failure{};
-  couplet_rotary_params const rotary_params{nullptr,       nullptr,      theta,        COUPLET_ROTARY_HALF,
-                                            what.head_dim, what.context, what.head_dim};
-  couplet_rotary* handle = nullptr;
-  must(cuda::rotary_entries.create(&rotary_params, &handle, &failure), failure);
-  std::unique_ptr<couplet_rotary, FreeOnDevice> const rotary(handle);
-  must(cpu::rotary_entries.create(&rotary_params, &handle, &failure), failure);
-  std::unique_ptr<couplet_rotary, FreeOnHost> const host_rotary(handle);
-
-  Sequences const sequences(what, meter.stream());
-  couplet_attend_params params = sequences.params();
-  params.key_table = keys.device.get();
-  params.value_table = values.device.get();
-  params.rotary = rotary.get();
-  must(cuda::attend_entries.check(&params, &failure), failure);
-  DeviceArray<uint8_t> const workspace(cuda::attend_entries.workspace(&params));
-  auto const run = [&](cudaStream_t stream) {
-    must(cuda::attend_entries.run(&params, workspace.data(), stream, &failure), failure);
-  };
-  run(meter.stream());
-  meter.wait();
+  Step const step(what, meter.stream());
+  cuda::attend::Body const* body = cuda::attend::bodies;
+  while (!can_take(*body, step.params())) ++body;  // as attend's entries do
   Result result{};
-  char body[128] = "";
-  cuda::attend_entries.describe(&params, body, sizeof body);
-  result.body = body;
-  result.check = "largest relative error of a row of the last sequence, against the CPU backend";
-  result.error = sequences.error_of_last(params, keys, values, host_rotary.get());
-  if (!(result.error < most_error)) return report.refuse(what, result);
-  result.timing = meter.time(run);
-  result.bytes = sequences.bytes() + keys.float16_bytes + values.float16_bytes;
-  result.lookup_bytes = sequences.lookup_bytes();
-  report.add(what, result);
+  step.measure(*body, meter, &result) ? report.add(what, result) : report.refuse(what, result);
+}
+
+// Body by body from the one that takes any call, on the same data; on top, where the codec has levels, values on levels.
+void ladder(const Case& what, Meter& meter, Report& report) {
+  Result below{};
+  auto const climb = [&](const Case& rung_case, cuda::attend::Body body, const Step& step) {
+    Result rung{};
+    if (!step.measure(body, meter, &rung)) return report.refuse(rung_case, rung);
+    if (!below.body.empty()) {
+      char text[64];
+      std::snprintf(text, sizeof text, "%.2f x the rung below", below.timing.microseconds / rung.timing.microseconds);
+      rung.note = text;
+    }
+    report.add(rung_case, rung);
+    below = rung;
+  };
+  Case plain = what;
+  plain.levels = false;
+  {
+    Step const step(plain, meter.stream());
+    for (auto body = std::rbegin(cuda::attend::bodies); body != std::rend(cuda::attend::bodies); ++body)
+      if (can_take(*body, step.params())) climb(plain, *body, step);
+  }
+  if (!what.levels) return;
+  Step const step(what, meter.stream());
+  if (can_take(cuda::attend::Body::lookup, step.params())) climb(what, cuda::attend::Body::lookup, step);
 }
 
 }  // namespace couplet::bench

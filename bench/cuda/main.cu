@@ -1,7 +1,8 @@
 // Kernels of the CUDA backend, measured on the GPU of this machine without Node. run.sh is how to start it; README.md says what its
 // columns mean.
 //
-//   couplet_bench_cuda [--operations attend,prefill,prompt,encode,decode,kmeans] [--codecs 8c8b,4c8b,2c8b,8c10b]
+//   couplet_bench_cuda [--operations attend,ladder,prefill,wide,prompt,encode,decode,mix,reorder,kmeans]
+//                      [--codecs 8c8b,4c8b,2c8b,8c10b]
 //                      [--shapes 16x30720,32x61440,64x30720,1x131072,8x8192] [--heads 1,4,8] [--head-dims 64,128]
 //                      [--seconds 0.15] [--full-kmeans] [--no-levels] [--tiny] [--json FILE]
 //
@@ -25,7 +26,8 @@ struct Shape {
 };
 
 struct Flags {
-  std::vector<std::string> operations{"attend", "prefill", "prompt", "encode", "decode", "kmeans"};
+  std::vector<std::string> operations{"attend", "ladder", "prefill", "wide",    "prompt",
+                                      "encode", "decode", "mix",     "reorder", "kmeans"};
   std::vector<couplet_codec> codecs{{8, 8}, {4, 8}, {2, 8}, {8, 10}};
   std::vector<Shape> shapes{{16, 30720}, {32, 61440}, {64, 30720}, {1, 131072}, {8, 8192}};
   std::vector<int32_t> heads{1, 4, 8};
@@ -106,19 +108,33 @@ bool parse(int count, char** words, Flags* flags) {
   return true;
 }
 
-bool attends_to(const std::string& operation) {
-  return operation == "attend" || operation == "prefill" || operation == "prompt";
+// The name that rows have, of operations that are ways to attend.
+const char* attend_name(const std::string& operation) {
+  return operation == "attend"    ? "attend decode"
+         : operation == "ladder"  ? "attend ladder"
+         : operation == "prefill" ? "attend prefill"
+         : operation == "wide"    ? "attend wide"
+         : operation == "prompt"  ? "attend prompt"
+                                  : nullptr;
 }
+
+// Rows as they come, of no codec.
+bool moves_rows(const std::string& operation) { return operation == "mix" || operation == "reorder"; }
 
 // What is measured of each operation. Encode and decode do not know heads or batch: they have one long sequence.
 std::vector<Case> cases_of(const Flags& flags, const std::string& operation) {
   int32_t const kv_heads = flags.tiny ? 2 : 8;
-  bool const attends = attends_to(operation);
+  bool const attends = attend_name(operation) != nullptr;
   std::vector<Shape> shapes = attends ? flags.shapes : std::vector<Shape>{{1, 8192}, {8, 8192}, {16, 30720}};
   std::vector<int32_t> heads = attends ? flags.heads : std::vector<int32_t>{1};
   std::vector<int32_t> head_dims = flags.head_dims;
-  int32_t queries = operation == "attend" ? 1 : 0;
-  if (operation == "prefill") {
+  int32_t queries = operation == "attend" || operation == "ladder" ? 1 : 0;
+  if (operation == "ladder") {
+    shapes = {{16, 30720}, {64, 30720}};
+    heads = {4};
+    head_dims = {128};
+  }
+  if (operation == "prefill" || operation == "wide") {
     shapes = {{1, 8192}, {8, 8192}, {1, 30720}};
     heads = {4};
     queries = 512;
@@ -128,6 +144,10 @@ std::vector<Case> cases_of(const Flags& flags, const std::string& operation) {
     heads = {4};
     queries = 2048;
   }
+  if (moves_rows(operation)) {
+    shapes = {{64, 1}, {8, 8192}};  // a step, prompts
+    heads = {4};
+  }
   if (operation == "kmeans") {
     shapes = {{528, 32768}};  // four of each multiprocessor's, of 132
     head_dims = {128};
@@ -135,21 +155,19 @@ std::vector<Case> cases_of(const Flags& flags, const std::string& operation) {
   if (flags.tiny) {
     shapes = {operation == "kmeans" ? Shape{2, 500} : Shape{2, 150}};
     heads = {4};
-    head_dims = {64};
+    head_dims = {operation == "ladder" ? 128 : 64};
     queries = operation == "prompt" ? 150 : std::min(queries, 5);
   }
-  std::vector<couplet_codec> const codecs =
-      flags.tiny && operation == "kmeans" ? std::vector<couplet_codec>{{8, 6}} : flags.codecs;
+  std::vector<couplet_codec> const codecs = moves_rows(operation)                 ? std::vector<couplet_codec>{{1, 16}}
+                                            : flags.tiny && operation == "kmeans" ? std::vector<couplet_codec>{{8, 6}}
+                                                                                  : flags.codecs;
   std::vector<Case> cases;
   for (int32_t head_dim : head_dims)
     for (couplet_codec codec : codecs)
       for (Shape shape : shapes)
         for (int32_t group_heads : heads)
-          cases.push_back({operation == "attend"    ? "attend decode"
-                           : operation == "prefill" ? "attend prefill"
-                           : operation == "prompt"  ? "attend prompt"
-                                                    : operation,
-                           codec, shape.batch, shape.context, queries, kv_heads * group_heads, kv_heads, head_dim,
+          cases.push_back({attends ? attend_name(operation) : operation, codec, shape.batch, shape.context, queries,
+                           kv_heads * group_heads, kv_heads, head_dim,
                            flags.levels && codec.group_channels == 8 && codec.code_bits == 8});
   return cases;
 }
@@ -157,12 +175,18 @@ std::vector<Case> cases_of(const Flags& flags, const std::string& operation) {
 bool measure(const Flags& flags, const std::string& operation, Meter& meter, Report& report) {
   constexpr int32_t iterations = 100;
   for (const Case& what : cases_of(flags, operation)) {
-    if (attends_to(operation))
+    if (operation == "ladder")
+      ladder(what, meter, report);
+    else if (attend_name(operation))
       attend(what, meter, report);
     else if (operation == "encode")
       encode(what, meter, report);
     else if (operation == "decode")
       decode(what, meter, report);
+    else if (operation == "mix")
+      mix(what, meter, report);
+    else if (operation == "reorder")
+      reorder(what, meter, report);
     else if (operation == "kmeans")
       kmeans(what, flags.tiny ? 3 : iterations, meter, report);
     else

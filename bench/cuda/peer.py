@@ -1,11 +1,13 @@
 """PyTorch's scaled_dot_product_attention in float16 at the shapes of couplet_bench_cuda: the peer of its attend rows.
 
 Every backend (flash, cuDNN, memory-efficient) in both forms, query heads that share a kv head as such (enable_gqa) and as query rows of
-their kv head (no mask is needed for one query; a prefill's 512 queries go without theirs, 2 to 6 % more than they would have to do).
+their kv head (no mask is needed for one query; a prefill's 512 queries go without theirs, 2 to 6 % more than they would have to do). A
+prompt that nothing comes before has its causal mask, and query heads as such.
 Keys and values are contiguous, [batch][kv head][token][channel]. A sample is L2 read full of something else, an event, the call, an
 event, as in measure.cu; the median counts. One JSON document goes to the file given.
 
-    peer.py OUT.json [--shapes 16x30720,...] [--heads 1,4,8] [--head-dims 64,128] [--prefills 1x8192,...] [--seconds 0.1]
+    peer.py OUT.json [--shapes 16x30720,...] [--heads 1,4,8] [--head-dims 64,128] [--prefills 1x8192,...] [--prompts 1x2048,...]
+                     [--seconds 0.1]
 """
 import argparse
 import json
@@ -62,7 +64,11 @@ def measure(meter, keys, values, batch, context, queries, group_heads, head_dim)
     key = keys[:count].view(batch, KV_HEADS, context, head_dim)
     value = values[:count].view(batch, KV_HEADS, context, head_dim)
     query = torch.randn(batch, KV_HEADS * group_heads, queries, head_dim, device='cuda', dtype=torch.float16)
-    for form, (rows, options) in forms_of(query, group_heads).items():
+    forms = forms_of(query, group_heads)
+    if queries == context:
+        rows, options = forms['heads']
+        forms = {'heads': (rows, {**options, 'is_causal': True})}
+    for form, (rows, options) in forms.items():
         for name, backend in BACKENDS.items():
             row = {'batch': batch, 'context': context, 'queries': queries, 'queryHeads': KV_HEADS * group_heads, 'kvHeads': KV_HEADS,
                    'headDim': head_dim, 'backend': name, 'form': form}
@@ -81,19 +87,21 @@ def main():
     parser.add_argument('--heads', type=numbers, default=[1, 4, 8])
     parser.add_argument('--head-dims', type=numbers, default=[64, 128])
     parser.add_argument('--prefills', type=shapes, default=shapes('1x8192,8x8192,1x30720'))
+    parser.add_argument('--prompts', type=shapes, default=shapes('1x2048,8x2048'))
     parser.add_argument('--seconds', type=float, default=0.1)
     flags = parser.parse_args()
     warnings.filterwarnings('ignore')  # each backend says at length why it refuses a form
     torch.manual_seed(0)
     meter = Meter(flags.seconds)
-    most = max(batch * context for batch, context in flags.shapes + flags.prefills) * KV_HEADS * max(flags.head_dims)
+    most = max(batch * context for batch, context in flags.shapes + flags.prefills + flags.prompts) * KV_HEADS * max(flags.head_dims)
     keys, values = (torch.randn(most, device='cuda', dtype=torch.float16) for _ in range(2))
     half = most // 2
     copy_us, _ = meter.microseconds(lambda: values[:half].copy_(keys[:half]))
     print(f'peer copy {4 * half / copy_us * 1e-3:.0f} GB/s', flush=True)
     rows = []
     for head_dim in flags.head_dims:
-        cases = [(*shape, 1, heads) for shape in flags.shapes for heads in flags.heads] + [(*shape, 512, 4) for shape in flags.prefills]
+        cases = [(*shape, 1, heads) for shape in flags.shapes for heads in flags.heads]
+        cases += [(*shape, 512, 4) for shape in flags.prefills] + [(*shape, shape[1], 4) for shape in flags.prompts]
         for batch, context, queries, heads in cases:
             found = list(measure(meter, keys, values, batch, context, queries, heads, head_dim))
             rows += found

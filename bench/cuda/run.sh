@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures the CUDA backend on this machine's GPU, and PyTorch beside it, in about four minutes.
+# Measures the CUDA backend on this machine's GPU, and PyTorch beside it, in about two minutes.
 #
 #   bench/cuda/run.sh [--binary couplet_bench_cuda] [--out FOLDER] [--quick] [flags of couplet_bench_cuda]
 #

@@ -3,10 +3,12 @@
 //        -> prefill on tiles of float16 -> wide prefill   all others
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 
 #include "../../native/common/check.h"
 #include "../backend.h"
 #include "../table.h"
+#include "body.h"
 #include "step.h"
 
 namespace couplet::cuda {
@@ -37,12 +39,10 @@ couplet_status check(const couplet_attend_params* params, couplet_report* report
 }
 
 // ---- selection -------------------------------------------------------------------------------------------------------------
-enum class Body { general, lookup, gather, staged };
-
 // The lookup body needs both codebooks of a kv head in shared memory (sm_90, sm_100: 227 KB; sm_80 has 163), pages of 64 tokens
 // with rows on 16 bytes, and keys that it may rotate by their offset in a block alone, channel i with i + 64. Of more than 4 query heads of
 // a kv head it makes several passes, which is faster than `gather`'s one (decision 3).
-Body select(const couplet_attend_params& params) {
+bool lookup_takes(const couplet_attend_params& params) {
   int const channels = params.key_codec.group_channels;
   bool const shape =
       params.head_dim == 128 && params.key_codec.code_bits == 8 && params.value_codec.code_bits == 8 &&
@@ -54,9 +54,11 @@ Body select(const couplet_attend_params& params) {
   bool const rotary =
       angles.pairs == 0 || (angles.offsets && angles.kind == COUPLET_ROTARY_HALF && angles.pairs == 64 &&
                             rotary_of(params.rotary)->positions <= rotary_block * rotary_blocks);
-  if (shape && tables && rotary && has_lookup(channels)) return Body::lookup;
-  if (has_gather(params)) return Body::gather;
-  return has_staged(params) ? Body::staged : Body::general;
+  return shape && tables && rotary && has_lookup(channels);
+}
+
+Body select(const couplet_attend_params& params) {
+  return *std::find_if(std::begin(bodies), std::end(bodies), [&](Body body) { return can_take(body, params); });
 }
 
 // A step of which only the pointers into the workspace are missing, and what they need. Counts of the host alone go into it.
@@ -65,8 +67,7 @@ struct Layout {
   size_t row_begin, wide, weighted, sums, bytes;  // offsets; wide 0: none
 };
 
-Layout layout_of(const couplet_attend_params& params) {
-  Body const body = select(params);
+Layout layout_of(Body body, const couplet_attend_params& params) {
   bool const tables_in_shared = body != Body::general;  // a block a multiprocessor
   int const multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   int32_t const group_heads = params.query_heads / params.kv_heads;
@@ -113,12 +114,36 @@ Layout layout_of(const couplet_attend_params& params) {
   return layout;
 }
 
-size_t workspace(const couplet_attend_params* params) { return params->sequence_count ? layout_of(*params).bytes : 0; }
+}  // namespace
 
 // ---- launches --------------------------------------------------------------------------------------------------------------
-couplet_status run(const couplet_attend_params* params, void* memory, void* stream, couplet_report* report) {
-  if (params->sequence_count == 0) return COUPLET_OK;
-  Layout const layout = layout_of(*params);
+const char* name_of(Body body, const couplet_attend_params& params) {
+  switch (body) {
+    case Body::lookup: return table_of(params.value_table)->levels ? "lookup by levels" : "lookup";
+    case Body::gather: return "gather";
+    case Body::staged: return "staged";
+    case Body::general: break;
+  }
+  return "general";
+}
+
+bool can_take(Body body, const couplet_attend_params& params) {
+  switch (body) {
+    case Body::lookup: return lookup_takes(params);
+    case Body::gather: return has_gather(params);
+    case Body::staged: return has_staged(params);
+    case Body::general: break;
+  }
+  return true;
+}
+
+size_t workspace(Body body, const couplet_attend_params& params) {
+  return params.sequence_count ? layout_of(body, params).bytes : 0;
+}
+
+couplet_status run(Body body, const couplet_attend_params& params, void* memory, void* stream, couplet_report* report) {
+  if (params.sequence_count == 0) return COUPLET_OK;
+  Layout const layout = layout_of(body, params);
   auto* const bytes = static_cast<unsigned char*>(memory);
   Step step = layout.step;
   step.unit_begin = reinterpret_cast<int32_t*>(bytes);
@@ -127,7 +152,6 @@ couplet_status run(const couplet_attend_params* params, void* memory, void* stre
   step.sums = reinterpret_cast<float2*>(bytes + layout.sums);
   step.weighted = reinterpret_cast<float*>(bytes + layout.weighted);
   auto const queue = static_cast<cudaStream_t>(stream);
-  Body const body = select(*params);
   // On an H200 a segment of lookup takes 12 us and its units 1.7 us each; staged's units take longer.
   int const segment_cost = body == Body::lookup || body == Body::gather ? 7 : 1;
   cudaError_t error = launch_plan(step, segment_cost, queue);
@@ -138,24 +162,30 @@ couplet_status run(const couplet_attend_params* params, void* memory, void* stre
       case Body::general: error = launch_general_decode(step, queue); break;
     }
   if (error == cudaSuccess) error = launch_merge(step, queue);
-  if (error == cudaSuccess && params->most_query_tokens != 1) error = launch_prefill(step, queue);
+  if (error == cudaSuccess && params.most_query_tokens != 1) error = launch_prefill(step, queue);
   return status_of(error, report, "attend");
 }
 
+// ---- entries ---------------------------------------------------------------------------------------------------------------
+namespace {
+
+size_t workspace_of(const couplet_attend_params* params) { return workspace(select(*params), *params); }
+
+couplet_status run_selected(const couplet_attend_params* params, void* memory, void* stream, couplet_report* report) {
+  return run(select(*params), *params, memory, stream, report);
+}
+
 void describe(const couplet_attend_params* params, char* text, size_t text_bytes) {
-  Body const body = select(*params);
   std::snprintf(text, text_bytes, "attend cuda %dc%db %s", params->key_codec.group_channels,
-                params->key_codec.code_bits,
-                body == Body::lookup   ? table_of(params->value_table)->levels ? "lookup by levels" : "lookup"
-                : body == Body::gather ? "gather"
-                : body == Body::staged ? "staged"
-                                       : "general");
+                params->key_codec.code_bits, name_of(select(*params), *params));
 }
 
 }  // namespace
 }  // namespace attend
 
-const couplet_attend_entries attend_entries = {
-    .check = attend::check, .workspace = attend::workspace, .run = attend::run, .describe = attend::describe};
+const couplet_attend_entries attend_entries = {.check = attend::check,
+                                               .workspace = attend::workspace_of,
+                                               .run = attend::run_selected,
+                                               .describe = attend::describe};
 
 }  // namespace couplet::cuda

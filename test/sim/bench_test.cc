@@ -46,11 +46,14 @@ int main() {
   CHECK(status == 0, "exit status %d", status);
   std::string const document = read(path);
   unlink(path);
-  // Four codecs of each operation, and one set of problems.
-  for (const char* operation : {"attend decode", "attend prefill", "attend prompt", "encode", "decode"})
+  // Four codecs of each operation; two to four bodies of attend that can take a codec, and one by levels; one set of problems, and of rows.
+  for (const char* operation : {"attend decode", "attend prefill", "attend wide", "attend prompt", "encode", "decode"})
     CHECK(count(document, "\"operation\":\"" + std::string(operation) + "\"") == 4, "%s: %s", operation,
           document.c_str());
-  CHECK(count(document, "\"operation\":\"kmeans\"") == 1, "kmeans: %s", document.c_str());
+  for (const char* operation : {"kmeans", "mix", "reorder"})
+    CHECK(count(document, "\"operation\":\"" + std::string(operation) + "\"") == 1, "%s: %s", operation,
+          document.c_str());
+  CHECK(count(document, "\"operation\":\"attend ladder\"") == 14, "ladder: %s", document.c_str());
   CHECK(count(document, "nan") == 0 && count(document, "inf") == 0, "%s", document.c_str());
   return couplet::test::finish();
 }

@@ -8,8 +8,8 @@
 #include <string>
 
 #include "../../cuda/backend.h"
-#include "../../cuda/table.h"
 #include "../../cuda/device/elements.h"
+#include "../../cuda/table.h"
 #include "../../native/cpu/table.h"
 #include "../native/attend_case.h"
 #include "device_array.h"
